@@ -1,0 +1,198 @@
+"""What a run file may say: model, data, objective, training, engine, and the schedule file to use.
+
+One idea: everything that decides the outcome of a run is in this one frozen object, whose resolved copy is written to
+the run folder. Next: `loading.py`, which makes it from YAML files and command-line overrides.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from hybrid_opt.config.schedule import Backprop, ScheduleFile
+from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict
+
+
+class Model(Strict):
+    """A pretrained model by name, or any architecture from random weights by `config`."""
+
+    name: str | None = None
+    """The alias `smollm2-135m`, a Hugging Face hub id, or a local folder."""
+    config: dict[str, Any] | None = None
+    """Instead of a name: a transformers configuration such as `{model_type: llama, hidden_size: 64, ...}`; the weights
+    start random, drawn from the run's seed."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; left out: the model's own. A model from `config` needs one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights that the forward pass uses."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _one_origin(self):
+        if (self.name is None) == (self.config is None):
+            raise ValueError("a model needs either name (alias, hub id or folder) or config (random weights)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs model_type, the architecture's name in transformers, such as 'llama'")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError("a model from config needs tokenizer, a hub id or a folder")
+        return self
+
+
+class Lora(Strict):
+    """Low rank adapters through the peft library; the model's own weights stay frozen."""
+
+    type: Literal["lora"] = "lora"
+    r: PositiveInt = 8
+    """Rank of the adapters."""
+    lora_alpha: PositiveInt = 16
+    """The adapters' output is scaled by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the adapters."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules that get adapters: `all-linear`, a regular expression, or a list of name endings."""
+
+
+class Data(Strict):
+    """Where examples come from and how a row becomes tokens."""
+
+    train: str
+    """A file (.jsonl, .json, .csv, .parquet, .txt), a folder saved with `save_to_disk`, or a hub id."""
+    subset: str | None = None
+    """Name of the hub dataset's configuration."""
+    split: str = "train"
+    """Split of `train` to train on."""
+    validation: str | Fraction | None = None
+    """Held-out rows: a file, the name of a split of `train`, or a fraction of the training rows to set aside."""
+    prompt: str | None = None
+    """Template over the columns; its tokens are not part of the loss."""
+    completion: str | None = None
+    """Template of what the model learns to write after the prompt."""
+    choices: tuple[str, ...] | None = None
+    """For `objective: {type: choice}`: all the completions to choose from."""
+    messages: str | None = None
+    """Instead of prompt and completion: the column of chat messages. The last one is learnt."""
+    text: str | None = None
+    """Instead of prompt and completion: the column of plain text, packed into blocks of max_tokens."""
+    max_tokens: Annotated[int, Field(ge=2)] = 512
+    """Longest example. A longer prompt is shortened at its longest column; a completion is never cut."""
+    append_eos: bool = True
+    """End each completion with the end-of-text token (causal_lm), and separate packed texts with it."""
+
+    @model_validator(mode="after")
+    def _one_format(self):
+        given = [name for name in ("prompt", "messages", "text") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "say how a row becomes tokens with exactly one of prompt (with completion), messages or text; "
+                f"given: {', '.join(given) or 'none'}"
+            )
+        if (self.prompt is None) != (self.completion is None):
+            raise ValueError("prompt and completion go together; one of them is missing")
+        if self.choices is not None and len(set(self.choices)) < max(2, len(self.choices)):
+            raise ValueError("choices needs at least two different completions, each written once")
+        return self
+
+
+class CausalLm(Strict):
+    """Mean cross-entropy of an example's tokens, prompt left out."""
+
+    type: Literal["causal_lm"]
+
+
+class Choice(Strict):
+    """Cross-entropy over the choices' sequence log-probabilities, and accuracy."""
+
+    type: Literal["choice"]
+
+
+class Function(Strict):
+    """A function of your own: `losses(model, batch) -> Tensor (examples,)`."""
+
+    type: Literal["function"]
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """`module:function`, importable from the folder in which the command runs."""
+    differentiable: bool = True
+    """False: only estimators that need no gradient may act."""
+
+
+Objective = Annotated[CausalLm | Choice | Function, Field(discriminator="type")]
+
+
+class Training(Strict):
+    """Length of the run and what happens along it."""
+
+    steps: PositiveInt
+    """Steps to take."""
+    batch_size: PositiveInt = 8
+    """Examples in a step's batch; every estimator that acts sees the same ones."""
+    seed: NonNegativeInt = 0
+    """Decides the order of the data, all noise, and random weights."""
+    evaluate_every: NonNegativeInt = 0
+    """Steps between evaluations on the validation rows; 0: only before and after."""
+    evaluation_rows: PositiveInt | None = None
+    """Validation rows to use for evaluations along the way (before and after use all of them)."""
+    evaluation_batch_size: PositiveInt = 16
+    """Examples in a forward pass of an evaluation."""
+    probe_rows: NonNegativeInt = 32
+    """Rows on which the loss is measured whenever other estimators take over, to tell what each one contributed; 0: do
+    not measure."""
+    checkpoint_every: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only when interrupted."""
+
+
+class LocalEngine(Strict):
+    """One process, one device."""
+
+    type: Literal["local"]
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    master_weights: Literal["float32", "none"] = "float32"
+    """Copy of the weights that updates add up in, where the model's dtype is narrower: a bfloat16 weight loses most of
+    an update of 1e-5."""
+
+
+def _path_or_inline(schema: dict[str, Any]) -> None:
+    """A run file may name its schedule file; the loader puts the file's content there before validation."""
+    schema["properties"]["schedule"] = {"anyOf": [{"type": "string"}, schema["properties"]["schedule"]]}
+
+
+class RunFile(Strict):
+    """The whole of a run file."""
+
+    model_config = {"json_schema_extra": _path_or_inline}
+
+    model: Model
+    """What is fine-tuned."""
+    peft: Lora | None = None
+    """Train adapters instead of the model's own weights."""
+    data: Data
+    """What it learns from."""
+    objective: Objective
+    """What is minimised."""
+    training: Training
+    """For how long."""
+    engine: LocalEngine = LocalEngine(type="local")
+    """Where the weights live."""
+    schedule: ScheduleFile
+    """A path, a shipped recipe's name, or a schedule file's content."""
+    output: str
+    """Folder of the run: metrics, checkpoints, model, picture."""
+
+    @model_validator(mode="after")
+    def _objective_suits_data(self):
+        if isinstance(self.objective, Choice) and not (self.data.prompt and self.data.choices):
+            raise ValueError("objective choice needs data.prompt, data.completion and data.choices")
+        return self
+
+    @model_validator(mode="after")
+    def _gradient_exists(self):
+        if isinstance(self.objective, Function) and not self.objective.differentiable:
+            for name, estimator in self.schedule.estimators.items():
+                if isinstance(estimator, Backprop):
+                    raise ValueError(
+                        f"objective.differentiable is false, but the estimator {name!r} is backprop, which needs a "
+                        "gradient; use a schedule of es estimators alone"
+                    )
+        return self

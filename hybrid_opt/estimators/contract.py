@@ -1,0 +1,63 @@
+"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py` and `backprop.py`.
+
+One idea: everything that wants to move the weights is an Estimate that can be read shard by shard. A weighted sum of
+Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.objectives.contract import Objective
+
+
+class Estimate(Protocol):
+    """A gradient estimate for the parameters that its estimator may move."""
+
+    def read(self, shard: Shard) -> Tensor:
+        """The part of the estimate that belongs to a shard: float32 (numel of the shard,), in gradient units."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an estimate took and saw."""
+
+    loss: float
+    """Mean loss of the step's examples; for ES over all members."""
+    forwards: int
+    """Forward passes over the whole batch."""
+    backwards: int
+    """Backward passes over the whole batch."""
+    loss_spread: float | None = None
+    """Standard deviation of the members' losses (ES)."""
+
+
+class Estimator(Protocol):
+    """Finds a descent direction at the current weights; never steps, and leaves the weights bitwise as they were."""
+
+    def estimate(
+        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
+    ) -> tuple[Estimate, Cost]:
+        """Estimate the gradient of the objective's mean loss over `batch` with respect to the parameters `names`."""
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """`sum_j weight_j * estimate_j`."""
+
+    terms: Sequence[tuple[float, Estimate]]
+
+    def read(self, shard: Shard) -> Tensor:
+        """The sum for a shard; a single term of weight 1 is handed on without a copy."""
+        (weight, first), *others = self.terms
+        total = first.read(shard) if weight == 1 else weight * first.read(shard)
+        for weight, estimate in others:
+            total = torch.add(total, estimate.read(shard), alpha=weight)
+        return total

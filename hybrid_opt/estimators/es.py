@@ -1,0 +1,99 @@
+"""Evolution strategies: a gradient estimate from losses at perturbed weights. Next: `backprop.py`.
+
+One idea: the estimate is `sum_i c_i * noise(key_i)`, so it is kept as N coefficients and N keys, and any process can
+regenerate any slice of it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_opt.config.schedule import DensePerturbation as DenseConfig
+from hybrid_opt.config.schedule import EvolutionStrategy
+from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.contract import Cost
+from hybrid_opt.estimators.dense import DensePerturbation
+from hybrid_opt.estimators.low_rank import LowRankPerturbation
+from hybrid_opt.estimators.modes import training_mode
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.perturbation import Member, Perturbation
+from hybrid_opt.estimators.shaping import FITNESS_SHAPING
+from hybrid_opt.objectives.contract import Objective
+
+
+@dataclass(frozen=True)
+class NoiseSum:
+    """`sum_i c_i * noise(key_i)`, regenerated when read."""
+
+    perturbation: Perturbation
+    keys: Sequence[Key]
+    coefficients: Tensor
+    """(keys,) float64."""
+
+    def read(self, shard: Shard) -> Tensor:
+        """The sum's slice for a shard: float32 (numel,)."""
+        return self.perturbation.combine(self.keys, self.coefficients, shard)
+
+
+class EsEstimator:
+    """Evolution strategies with a population of N members.
+
+    `g = 1/(N sigma) sum_i w_i s_i eps_i`, with w the shaped losses of the members and s their signs. With antithetic pairs
+    and no shaping this is n-SPSA, `1/(2 q sigma) sum_j (L+_j - L-_j) eps_j` with q = N/2 pairs. With
+    `divide_by_sigma=False` the factor is 1/N (EA4LLM, arXiv 2510.10603; ES at Scale, arXiv 2509.24372).
+    """
+
+    def __init__(self, config: EvolutionStrategy):
+        self.config = config
+        self.perturbation: Perturbation
+        if isinstance(config.perturbation, DenseConfig):
+            self.perturbation = DensePerturbation(config.perturbation.distribution, config.sigma)
+        else:
+            self.perturbation = LowRankPerturbation(
+                config.perturbation.noise_rank, config.sigma, config.members_per_forward
+            )
+
+    @torch.no_grad()
+    def estimate(
+        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
+    ) -> tuple[NoiseSum, Cost]:
+        """See `Estimator.estimate`.
+
+        Raises:
+            UserError: a member's loss is not finite.
+        """
+        members = self._members(key)
+        with training_mode(engine.model, False):
+            losses = self.perturbation.evaluate(engine, objective, batch, names, members).mean(dim=1).cpu()
+        self._check(losses)
+        weights = FITNESS_SHAPING[self.config.fitness_shaping](losses)
+        estimate = NoiseSum(self.perturbation, [m.key for m in members], self._coefficients(members, weights))
+        cost = Cost(losses.mean().item(), len(members), 0, loss_spread=losses.std(correction=0).item())
+        return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
+
+    def _members(self, key: Key) -> list[Member]:
+        n = self.config.population_size
+        if not self.config.antithetic:
+            return [Member(key.fold(i), 1) for i in range(n)]
+        return [Member(key.fold(i), sign) for i in range(n // 2) for sign in (1, -1)]
+
+    def _coefficients(self, members: Sequence[Member], weights: Tensor) -> Tensor:
+        scale = len(members) * (self.config.sigma if self.config.divide_by_sigma else 1.0)
+        return weights * torch.tensor([m.sign for m in members]) / scale
+
+    def _check(self, losses: Tensor) -> None:
+        if not (finite := losses.isfinite()).all():
+            bad = int((~finite).sum())
+            raise UserError(
+                f"the loss of {bad} of {len(losses)} members is not finite; lower sigma ({self.config.sigma}) or the "
+                "learning rates"
+            )
+
+
+def _merge_pairs(estimate: NoiseSum) -> NoiseSum:
+    """Both members of an antithetic pair have the same noise, so it need be generated only once."""
+    return NoiseSum(estimate.perturbation, estimate.keys[::2], estimate.coefficients.view(-1, 2).sum(dim=1))

@@ -1,0 +1,198 @@
+"""Hooks that make each row of a batch see its own member's weights. Next: `es.py`.
+
+One idea: rows come member-major, so a module's input (members * rows, ...) is viewed as (members, rows * ..., features), and
+what the perturbation adds to the output is a batched product. Weights are only read, so it does not matter where they
+are stored or that the rows of other members use them at the same time.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hybrid_opt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Noise of several members, scaled and signed."""
+
+    members: int
+    matrices: dict[str, tuple[Tensor, Tensor]]
+    """For a matrix (m, n): A (members, n, r) and B (members, m, r) with noise `B A^T`."""
+    vectors: dict[str, Tensor]
+    """For any other parameter: (members, *shape)."""
+
+
+@contextmanager
+def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors) -> Iterator[None]:
+    """Inside, the model's forward passes take batches of `members * rows` rows, member-major, each with its own weights.
+
+    Args:
+        model: a model of nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm modules.
+        parameters: the parameters by name, to find the modules that own them; a tied one may have several.
+        factors: noise for some of the parameters.
+
+    Raises:
+        UserError: a parameter with noise belongs to another kind of module, or its module was never called inside, so
+            that its noise had no part in the result.
+    """
+    plan = _plan(model, parameters, factors)
+    called: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for module, names in plan.items():
+            attach = _family(module)
+            stack.enter_context(attach(module, names, factors, called.add))
+        yield
+    for module, names in plan.items():
+        if module not in called:
+            raise UserError(
+                f"parameter {next(iter(names.values()))}: the forward pass does not call its {type(module).__name__} "
+                "module, so low rank noise cannot reach it; write perturbation: {type: dense}, or a policy rule with "
+                "use: frozen for it"
+            )
+
+
+def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Why each parameter that cannot be evaluated low rank cannot be, by name."""
+    reasons = {}
+    for module, names in _owners(model, parameters).items():
+        for attribute, name in names.items():
+            if _family(module) is None:
+                reasons[name] = f"it belongs to a {type(module).__name__} module"
+            elif parameters[name].dim() > 2:
+                reasons[name] = f"it has {parameters[name].dim()} dimensions"
+    return reasons
+
+
+def _plan(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors
+) -> dict[nn.Module, dict[str, str]]:
+    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
+    for name, reason in unsupported(model, noisy).items():
+        raise UserError(
+            f"parameter {name}: low rank noise cannot be evaluated because {reason}; write perturbation: {{type: dense}}, "
+            "or a policy rule with use: frozen for it"
+        )
+    return _owners(model, noisy)
+
+
+def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
+    """For each module that owns some of the parameters: its attribute -> the parameter's name."""
+    names = {id(p): name for name, p in parameters.items()}
+    owners = {}
+    for module in model.modules():
+        own = {a: names[id(p)] for a, p in module.named_parameters(recurse=False) if id(p) in names}
+        if own:
+            owners[module] = own
+    return owners
+
+
+# ---------------------------------------------------------------- kinds of modules
+
+Attach = Callable[[nn.Module, dict[str, str], Factors, Callable[[nn.Module], None]], Any]
+
+
+def _family(module: nn.Module) -> Attach | None:
+    """How to attach noise to a module, or None if there is no way. A forward of one's own may do anything: no way."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward or type(module).__name__ == "Conv1D":
+        return _on_output(_linear)
+    if forward is nn.Embedding.forward:
+        return _on_output(_embedding)
+    if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+        return _on_output(_torch_norm)
+    if "RMSNorm" in type(module).__name__ and [p.dim() for p in module.parameters()] == [1]:
+        return _swapped_weight
+    return None
+
+
+def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Factors], Tensor]) -> Attach:
+    """Attach by a hook that corrects the module's output."""
+
+    @contextmanager
+    def attach(module, names, factors, called):
+        def hook(module, args, kwargs, output):
+            called(module)
+            return correct(module, args[0] if args else next(iter(kwargs.values())), output, names, factors)
+
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return attach
+
+
+def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
+    """`y + (x A) B^T + bias noise`; x (members * rows, ..., in), y (members * rows, ..., out)."""
+    m = factors.members
+    flat = y.reshape(m, -1, y.shape[-1])
+    if "weight" in names:
+        a, b = factors.matrices[names["weight"]]
+        if type(module).__name__ == "Conv1D":  # its weight is (in, out), the transpose of a Linear's
+            a, b = b, a
+        flat = torch.baddbmm(flat, x.reshape(m, -1, x.shape[-1]) @ a.to(x.dtype), b.to(x.dtype).mT)
+    if "bias" in names:
+        flat = flat + factors.vectors[names["bias"]].to(y.dtype).unsqueeze(1)
+    return flat.view(y.shape)
+
+
+def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
+    """`y + B[ids] A^T`; ids (members * rows, ...), y (members * rows, ..., features)."""
+    a, b = factors.matrices[names["weight"]]
+    if len(ids) == 1 and factors.members > 1:
+        raise UserError(
+            f"parameter {names['weight']}: its embedding is called with one row for all examples, so the rows of different "
+            "members cannot be told apart; pass position_ids for every row"
+        )
+    rows = ids.reshape(factors.members, -1)
+    picked = b.gather(1, rows.unsqueeze(-1).expand(-1, -1, b.shape[-1]))
+    return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(y.shape)
+
+
+def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
+    """`normalised(x) * (weight + noise) + bias + noise`, for nn.LayerNorm and nn.RMSNorm."""
+    if isinstance(module, nn.LayerNorm):
+        normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+    else:
+        normalised = F.rms_norm(x, module.normalized_shape, eps=module.eps)
+    result = normalised * _of_each_row("weight", module, x, names, factors)
+    return result if getattr(module, "bias", None) is None else result + _of_each_row("bias", module, x, names, factors)
+
+
+def _of_each_row(attribute: str, module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
+    """A vector parameter with each row's noise: (members * rows, 1, ..., features), to multiply with x."""
+    parameter = getattr(module, attribute)
+    if attribute not in names:
+        return parameter
+    noise = factors.vectors[names[attribute]].to(parameter.dtype)
+    rows = (parameter + noise).repeat_interleave(len(x) // factors.members, dim=0)
+    return rows.view(len(x), *[1] * (x.dim() - 1 - parameter.dim()), *parameter.shape)
+
+
+@contextmanager
+def _swapped_weight(module, names, factors, called):
+    """For the RMSNorm classes of transformers, whose formulas differ: let them compute with each row's own weight."""
+
+    def before(module, args, kwargs):
+        called(module)
+        x = args[0] if args else next(iter(kwargs.values()))
+        module._parameters["weight"] = _of_each_row("weight", module, x, names, factors)
+
+    def after(module, args, output):
+        module._parameters["weight"] = weight
+
+    weight = module._parameters["weight"]
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        module._parameters["weight"] = weight
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Models: where their weights come from (`loading.py`) and what parameters they have (`inventory.py`)."""

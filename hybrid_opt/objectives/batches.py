@@ -1,0 +1,76 @@
+"""The order of examples, and batches made of them. Next: `../training/trainer.py`.
+
+One idea: the batch of a step is a function of the seed and the step, so a resumed run sees what it would have seen.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.noise import Key
+
+
+class Batches(Protocol):
+    """A batch for every step."""
+
+    def batch(self, step: int) -> Any:
+        """The batch of a step (0-based)."""
+        ...
+
+
+class ShuffledBatches:
+    """Batches drawn without replacement, in a new order each time through the examples.
+
+    Examples that do not fill a last batch are left out of that time through.
+    """
+
+    def __init__(self, examples: Sequence[Any], batch_size: int, collate: Callable[[Sequence[Any]], Any], seed: int):
+        self.examples = examples
+        self.batch_size = min(batch_size, len(examples))
+        self.collate = collate
+        self.key = Key((seed, "order"))
+        self._epoch, self._order = -1, np.arange(0)
+
+    def batch(self, step: int) -> Any:
+        """See `Batches.batch`."""
+        epoch, place = divmod(step, len(self.examples) // self.batch_size)
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.Philox(self.key.fold(epoch).seed()))
+            self._epoch, self._order = epoch, generator.permutation(len(self.examples))
+        chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
+        return self.collate([self.examples[i] for i in chosen])
+
+
+class IterableBatches:
+    """A user's own iterable of batches, started again when it ends. Steps are asked for in order."""
+
+    def __init__(self, iterable: Iterable[Any]):
+        self.iterable = iterable
+        self._next, self._iterator = 0, iter(iterable)
+
+    def batch(self, step: int) -> Any:
+        """See `Batches.batch`; a later step than the next skips batches.
+
+        Raises:
+            UserError: the iterable gives nothing, or (a generator) nothing any more.
+        """
+        while True:
+            batch = self._draw()
+            self._next += 1
+            if self._next > step:
+                return batch
+
+    def _draw(self) -> Any:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self.iterable)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise UserError(
+                f"batches: the iterable ended after {self._next} batches and does not start again; pass a list, a "
+                "DataLoader, or a generator without end"
+            ) from None

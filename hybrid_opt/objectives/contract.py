@@ -1,0 +1,102 @@
+"""What an objective is: a loss for each example of a batch. Next: `data.py`.
+
+One idea: per-example losses serve every estimator. Backprop takes their mean; ES evaluates a batch repeated for many
+members in one forward pass and tells the members' losses apart afterwards.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_opt.errors import UserError
+
+
+class Objective(Protocol):
+    """A function to minimise. A reward is minimised as its negative."""
+
+    differentiable: bool
+    """Whether `losses` can be backpropagated through."""
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of each example at the model's current weights: (examples,), floating point."""
+        ...
+
+    def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """What an evaluation reports, each (examples,): at least `loss`; means over examples are shown."""
+        ...
+
+
+class FunctionObjective:
+    """An objective from a plain function `losses(model, batch) -> Tensor (examples,)`."""
+
+    def __init__(self, function: Callable[[nn.Module, Any], Tensor], differentiable: bool = True):
+        self.function = function
+        self.differentiable = differentiable
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """The function's own result, checked.
+
+        Raises:
+            UserError: the function does not return a 1-D floating point tensor.
+        """
+        losses = self.function(model, batch)
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.is_floating_point():
+            got = f"a {losses.dtype} tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else losses
+            raise UserError(f"objective: {self.function} must return one loss an example, (examples,) float; got {got}")
+        return losses
+
+    def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The losses alone."""
+        return {"loss": self.losses(model, batch)}
+
+
+def import_function(path: str) -> Callable:
+    """The object at `module:function`, looked up from the current folder too.
+
+    Raises:
+        UserError: there is no such module or function.
+    """
+    module_name, _, name = path.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise UserError(f"objective.function: cannot import {module_name!r}: {error}") from None
+    except AttributeError:
+        raise UserError(f"objective.function: module {module_name!r} has no {name!r}") from None
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """The batch with a function applied to its tensors, which may lie in mappings, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(map_tensors(function, value) for value in batch)
+    return batch
+
+
+def repeat(batch: Any, times: int) -> Any:
+    """The batch with all its examples repeated, (times * examples, ...), repetition-major.
+
+    The first dimension of every tensor is taken to be the examples.
+    """
+    return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t, batch)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    return map_tensors(lambda t: t.to(device), batch)
+
+
+def count_examples(batch: Any) -> int | None:
+    """Size of the first dimension of the first tensor in a batch; None if it holds no tensor."""
+    sizes: list[int] = []
+    map_tensors(lambda t: sizes.append(len(t)) or t if t.dim() else t, batch)
+    return sizes[0] if sizes else None

@@ -1,0 +1,87 @@
+"""From the `data` section of a run file to rows, by Hugging Face datasets. Next: `examples.py`.
+
+One idea: whatever `datasets.load_dataset` reads can be trained on; here is only the choice of reader and of the split.
+"""
+
+from pathlib import Path
+
+import datasets
+
+from hybrid_opt.config.run import Data
+from hybrid_opt.errors import UserError, did_you_mean
+from hybrid_opt.objectives import jsonl
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_splits(config: Data, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Rows to train on, and rows held out if the configuration asks for them.
+
+    Args:
+        seed: decides which rows a fraction sets aside.
+
+    Raises:
+        UserError: nothing can be read there, a split does not exist, or it has no rows.
+    """
+    train = _load(config.train, config.subset, config.split, "data.train")
+    held_out = None
+    if isinstance(config.validation, float):
+        if round(len(train) * config.validation) in (0, len(train)):
+            raise UserError(f"data.validation: {config.validation} of {len(train)} rows leaves one side without rows")
+        both = train.train_test_split(test_size=config.validation, seed=seed)
+        train, held_out = both["train"], both["test"]
+    elif config.validation is not None and _is_file(config.validation):
+        held_out = _load(config.validation, None, "train", "data.validation")
+    elif config.validation is not None:
+        held_out = _load(config.train, config.subset, config.validation, "data.validation")
+    return train, held_out
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).exists() or Path(name).suffix in READERS
+
+
+def _load(source: str, subset: str | None, split: str, key: str) -> datasets.Dataset:
+    path = Path(source)
+    if path.suffix in READERS and not path.exists():
+        raise UserError(f"{key}: {source}: no such file")
+    datasets.disable_progress_bars()  # they would tear the run's own progress display
+    try:
+        rows = _read(path, source, subset, split)
+    except UserError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if path.suffix == ".jsonl":
+            jsonl.columns(path)  # raises with the broken line's number
+        raise UserError(f"{key}: {source}: {_first_line(error)}{_known_splits(error, split)}") from None
+    if len(rows) == 0:
+        raise UserError(f"{key}: {source}: the split {split!r} holds no rows")
+    return rows
+
+
+def _read(path: Path, source: str, subset: str | None, split: str) -> datasets.Dataset:
+    if path.is_file():
+        if path.stat().st_size == 0:
+            raise UserError(f"{source}: the file is empty")
+        if path.suffix not in READERS:
+            raise UserError(f"{source}: cannot tell the format by its ending; use one of {', '.join(READERS)}")
+        options = {".txt": {"sample_by": "document"}, ".tsv": {"sep": "\t"}}.get(path.suffix, {})
+        if split != "train":
+            raise UserError(f"{source}: a single file has only the split 'train', not {split!r}")
+        return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
+    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.Dataset):
+            return saved
+        if split not in saved:
+            raise UserError(f"{source}: there is no split {split!r}{did_you_mean(split, saved)}; it has {', '.join(saved)}")
+        return saved[split]
+    return datasets.load_dataset(source, subset, split=split)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.__cause__ or error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _known_splits(error: Exception, split: str) -> str:
+    return f" (asked for split {split!r})" if "split" in str(error).lower() else ""

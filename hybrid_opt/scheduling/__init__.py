@@ -1,0 +1,1 @@
+"""Who acts when, on what, and how strongly. Reading order: `policy.py`, `signals.py`, `schedule.py`, `learning_rate.py`."""

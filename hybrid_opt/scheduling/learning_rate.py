@@ -1,0 +1,20 @@
+"""The course of a learning rate over a run, by transformers' names. Next: `../training/hybrid_optimizer.py`."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import get_scheduler
+
+from hybrid_opt.config.schedule import LearningRate
+
+
+def learning_rate_at(config: LearningRate, steps: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step (0-based) in a run of `steps` steps.
+
+    transformers' schedules are multipliers of the peak, functions of the step alone, so nothing needs to be remembered
+    between steps or saved with a checkpoint.
+    """
+    placeholder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    warmup = config.warmup_steps
+    schedule = get_scheduler(config.learning_rate_schedule, placeholder, num_warmup_steps=warmup, num_training_steps=steps)
+    return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

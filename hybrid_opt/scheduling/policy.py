@@ -1,0 +1,124 @@
+"""Policy: which estimators may move which parameters. Next: `schedule.py`.
+
+One idea: rules are ordered and the first one that selects a parameter wins, strictly (every rule selects something) and
+totally (every parameter is selected). Needs only names, so it is checked without loading a model.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from hybrid_opt.config.schedule import Phases, Rule, ScheduleFile, acting_names
+from hybrid_opt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy resolved against a model's parameter names."""
+
+    owners: dict[str, tuple[str, ...]]
+    """Estimators that may move each parameter; none for a frozen one."""
+
+    def names(self, estimator: str) -> list[str]:
+        """Parameters that an estimator may move, in the model's order."""
+        return [name for name, estimators in self.owners.items() if estimator in estimators]
+
+
+def resolve(rules: Sequence[Rule] | None, names: Iterable[str], estimators: Collection[str], where: str) -> Policy:
+    """Apply rules to parameter names; without rules every estimator may move every parameter.
+
+    Args:
+        where: what the rules are called in messages, such as `policy` or `phases.1.policy`.
+
+    Raises:
+        UserError: a rule selects nothing, a parameter is selected by no rule, or an estimator in use owns nothing.
+    """
+    names = list(names)
+    if rules is None:
+        return Policy(dict.fromkeys(names, tuple(estimators)))
+    owners: dict[str, tuple[str, ...]] = {}
+    for number, rule in enumerate(rules):
+        selected = [name for name in names if _selects(rule, name, names)]
+        fresh = [name for name in selected if name not in owners]
+        if not fresh:
+            raise UserError(f"{where}.{number}: {_nothing(rule, selected, names)}")
+        owners.update(dict.fromkeys(fresh, () if rule.use == "frozen" else tuple(rule.use)))
+    if missing := [name for name in names if name not in owners]:
+        raise UserError(
+            f"{where}: {len(missing)} of {len(names)} parameters are covered by no rule: {_shortened(missing)}; "
+            "add a last rule such as {match: '.*', use: frozen}"
+        )
+    return Policy({name: owners[name] for name in names})
+
+
+def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None, Policy]:
+    """The policy of each phase (of the whole run: None) for a model's parameter names.
+
+    Raises:
+        UserError: a policy does not fit the names, or an estimator acts without owning a parameter.
+    """
+    estimators = list(config.estimators)
+    if not isinstance(config.schedule, Phases):
+        policies = {None: (config.schedule, resolve(config.policy, names, estimators, "policy"))}
+    else:
+        policies = {}
+        for i, phase in enumerate(config.schedule.phases):
+            own = phase.policy is not None
+            rules, where = (phase.policy, f"schedule.phases.{i}.policy") if own else (config.policy, "policy")
+            policies[i] = (phase.schedule, resolve(rules, names, estimators, where))
+    for phase, (schedule, policy) in policies.items():
+        for name in acting_names(schedule):
+            if not policy.names(name):
+                during = "" if phase is None else f" in phase {phase}"
+                raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
+    return {phase: policy for phase, (_, policy) in policies.items()}
+
+
+def layer_number(name: str) -> int | None:
+    """The number of the layer in a parameter's name (`model.layers.7.mlp.weight` -> 7), or None."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _selects(rule: Rule, name: str, names: Sequence[str]) -> bool:
+    if rule.match is not None:
+        return re.search(rule.match, name) is not None
+    return layer_number(name) in _layers(rule.layers, names)
+
+
+def _layers(layers: str, names: Sequence[str]) -> range:
+    first, _, last = layers.partition("-")
+    if first == "first":
+        return range(int(last))
+    if first == "last":
+        count = max((n for name in names if (n := layer_number(name)) is not None), default=-1) + 1
+        return range(max(0, count - int(last)), count)
+    return range(int(first), int(last or first) + 1)
+
+
+def _nothing(rule: Rule, selected: Sequence[str], names: Sequence[str]) -> str:
+    shown = f"match {rule.match!r}" if rule.match is not None else f"layers {rule.layers}"
+    if selected:
+        return f"{shown} selects only parameters that earlier rules have taken: {_shortened(selected)}; move it up or drop it"
+    if rule.match is None:
+        numbers = sorted({n for name in names if (n := layer_number(name)) is not None})
+        has = f"layers {numbers[0]} to {numbers[-1]}" if numbers else "no numbered layers"
+        return f"{shown} selects no parameter; the model has {has}"
+    return f"{shown} selects no parameter; nearest names: {_shortened(_nearest(rule.match, names))}"
+
+
+def _nearest(pattern: str, names: Sequence[str]) -> list[str]:
+    """Names with the most similar part to the pattern's words, one for each kind of layer."""
+    words = re.sub(r"[^\w.]|\\.", "", pattern)
+    kinds = list({re.sub(r"\d+", "N", name): name for name in reversed(names)}.values())
+
+    def similarity(name: str) -> float:
+        parts = [name, *name.split(".")]
+        return max(difflib.SequenceMatcher(None, words, part).ratio() for part in parts)
+
+    return sorted(kinds, key=similarity, reverse=True)[:3]
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")

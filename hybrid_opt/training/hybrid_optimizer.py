@@ -1,0 +1,213 @@
+"""One step of hybrid optimisation: plan, estimate, apply. Next: `trainer.py`, the loop around it.
+
+One idea: this is the whole method. All estimates of a step are taken at the same weights and then applied together;
+whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hybrid_opt.config.loading import load_schedule
+from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
+from hybrid_opt.config.schedule import Backprop, ScheduleFile, acting_names
+from hybrid_opt.engines.contract import Contribution
+from hybrid_opt.engines.local import LocalEngine
+from hybrid_opt.engines.update_rules import UpdateRule, build_rule
+from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.backprop import BackpropEstimator
+from hybrid_opt.estimators.contract import Cost, Estimator
+from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
+from hybrid_opt.objectives.language_model import count_tokens
+from hybrid_opt.scheduling.learning_rate import learning_rate_at
+from hybrid_opt.scheduling.policy import resolve_policies
+from hybrid_opt.scheduling.schedule import build_schedule
+from hybrid_opt.scheduling.signals import Signals
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in a step."""
+
+    step: int
+    """Number of the step, from 0."""
+    weights: dict[str, float]
+    """The plan: weight of each estimator that acted."""
+    costs: dict[str, Cost]
+    """What each estimate took and saw."""
+    learning_rates: dict[str, float]
+    """Learning rate of each estimator that acted."""
+    loss: float
+    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members."""
+    tokens: int
+    """Tokens that forward passes processed."""
+    seconds: float
+    """Duration."""
+
+
+class HybridOptimizer:
+    """Moves a model's weights by a schedule of estimators; `step` takes the place of `backward` and `optimizer.step`.
+
+    Args:
+        model: any `torch.nn.Module`; parameters with `requires_grad=False` are left alone.
+        objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective; not needed if only closures are used.
+        schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
+        steps: length of the run, for learning rates that change over it.
+        seed: decides all noise.
+        engine: where the weights live.
+
+    Raises:
+        UserError: the schedule is invalid, its policy does not fit the model, or the objective lacks the gradient that
+            it asks for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective | Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        schedule: str | Path | dict[str, Any] | ScheduleFile,
+        steps: int | None = None,
+        seed: int = 0,
+        engine: LocalEngineConfig = LocalEngineConfig(type="local"),
+    ):
+        self.config = load_schedule(schedule)
+        self.objective = as_objective(objective)
+        self.seed = seed
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.policies = resolve_policies(self.config, names)
+        self._refuse_missing_gradient()
+        self.engine = LocalEngine(
+            model, *self._optimizer_of(), device=engine.device, master_weights=engine.master_weights
+        )
+        self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
+        self.rules: dict[str, UpdateRule | None] = {
+            name: None if isinstance(c, Backprop) else build_rule(c.update) for name, c in self.config.estimators.items()
+        }
+        self.learning_rates = {name: _learning_rate(name, c, steps) for name, c in self.config.estimators.items()}
+        self.schedule = build_schedule(self.config.schedule)
+        self.signals = Signals()
+
+    def step(self, batch: Any) -> StepReport:
+        """Take one step.
+
+        Args:
+            batch: what the objective takes, the first dimension of its tensors being the examples; or a function
+                without arguments that returns the losses (examples,) or their mean at the current weights, which is
+                called once or more and must not call `backward`.
+
+        Raises:
+            UserError: losses that are not finite or not of the expected form.
+        """
+        started, step = time.perf_counter(), self.signals.step
+        objective = _Closure(batch) if callable(batch) else self.objective
+        if objective is None:
+            raise UserError("objective: none was given, so pass step() a function that returns the losses")
+        batch = None if callable(batch) else to_device(batch, self.engine.device)
+        plan = self.schedule.plan(step, self.signals)
+        policy = self.policies[self.schedule.phase]
+        contributions, costs = [], {}
+        for name, weight in plan.items():
+            owned, key = policy.names(name), Key((self.seed, step)).fold(name)
+            try:
+                estimate, costs[name] = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
+            except UserError as error:
+                raise UserError(f"step {step}, estimator {name}: {error}") from error
+            rate = self.learning_rates[name](step)
+            contributions.append(Contribution(estimate, weight, owned, rate, self.rules[name]))
+        self.engine.apply(contributions)
+        return self._report(started, contributions, plan, costs, batch)
+
+    def _report(self, started, contributions, plan, costs: dict[str, Cost], batch) -> StepReport:
+        forwards, backwards = (sum(getattr(c, kind) for c in costs.values()) for kind in ("forwards", "backwards"))
+        report = StepReport(
+            step=self.signals.step,
+            weights=plan,
+            costs=costs,
+            learning_rates={name: c.learning_rate for name, c in zip(plan, contributions, strict=True)},
+            loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
+            tokens=count_tokens(batch) * forwards,
+            seconds=time.perf_counter() - started,
+        )
+        self.signals = self.signals.updated(
+            tokens=report.tokens, forwards=forwards, backwards=backwards, seconds=report.seconds, loss=report.loss
+        )
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals."""
+        return {
+            "engine": self.engine.state_dict(),
+            "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
+            "schedule": self.schedule.state_dict(),
+            "signals": asdict(self.signals),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.engine.load_state_dict(state["engine"])
+        for name, rule in self.rules.items():
+            if rule is not None:
+                rule.load_state_dict(state["rules"][name])
+        self.schedule.load_state_dict(state["schedule"])
+        self.signals = Signals(**state["signals"])
+
+    def _optimizer_of(self) -> tuple[Backprop | None, set[str]]:
+        """The backprop estimator's configuration, and the parameters it may own in any phase."""
+        for name, config in self.config.estimators.items():
+            if isinstance(config, Backprop):
+                return config, {parameter for policy in self.policies.values() for parameter in policy.names(name)}
+        return None, set()
+
+    def _refuse_missing_gradient(self) -> None:
+        for name in acting_names(self.config.schedule):
+            if isinstance(self.config.estimators[name], Backprop) and self.objective and not self.objective.differentiable:
+                raise UserError(
+                    f"schedule: {name!r} is backprop, but the objective has no gradient; use a schedule of es alone"
+                )
+
+
+class _Closure:
+    """A function without arguments as an objective."""
+
+    differentiable = True
+
+    def __init__(self, function: Callable[[], Tensor]):
+        self.function = function
+
+    def losses(self, model: nn.Module, batch: None) -> Tensor:
+        losses = self.function()
+        if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.dim() > 1:
+            raise UserError(f"the function given to step() must return losses (examples,) or their mean, not {losses!r}")
+        return losses.reshape(-1)
+
+    def measures(self, model: nn.Module, batch: None) -> dict[str, Tensor]:
+        return {"loss": self.losses(model, batch)}
+
+
+def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | None) -> Objective | None:
+    """An Objective from a plain function; an Objective as it is."""
+    if objective is None or hasattr(objective, "losses"):
+        return objective
+    if callable(objective):
+        return FunctionObjective(objective)
+    raise UserError(f"objective: expected losses(model, batch) -> Tensor (examples,), got {objective!r}")
+
+
+def _build_estimator(config) -> Estimator:
+    return BackpropEstimator(config) if isinstance(config, Backprop) else EsEstimator(config)
+
+
+def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:
+    if steps is None and config.learning_rate_schedule not in ("constant", "constant_with_warmup"):
+        raise UserError(
+            f"estimators.{name}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the length of the run; "
+            "pass steps=..."
+        )
+    return learning_rate_at(config, steps or 0)
