@@ -30,7 +30,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key, (key_node, _) in zip(keys, node.value, strict=True):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -207,9 +209,9 @@ def _document_keys(loc: tuple[Any, ...], document: Any) -> list[str]:
     """The keys a user wrote: pydantic's location without the tags and type names that it puts between them."""
     keys, place = [], document
     for i, part in enumerate(loc):
-        if isinstance(place, dict) and part in place:
-            place = place[part]
-        elif isinstance(place, list) and isinstance(part, int) and part < len(place):
+        if (isinstance(place, dict) and part in place) or (
+            isinstance(place, list) and isinstance(part, int) and part < len(place)
+        ):
             place = place[part]
         elif i < len(loc) - 1 or not isinstance(part, str) or not re.fullmatch(r"[a-z_]\w*", part):
             continue  # a union's tag or type, such as 'es' or 'constrained-str'
@@ -250,5 +252,7 @@ def _tags(item: dict[str, Any]) -> str:
 
 def _field_names() -> list[str]:
     modules = (run_models, schedule_models)
-    models = [m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    models = [
+        m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
+    ]
     return sorted({field for model in models for field in model.model_fields})

@@ -114,8 +114,7 @@ class EvolutionStrategy(LearningRate):
         n = self.population_size
         if self.antithetic and n % 2:
             raise ValueError(
-                f"population_size {n} is odd, but antithetic members come in pairs; "
-                f"write {n + 1}, or antithetic: false"
+                f"population_size {n} is odd, but antithetic members come in pairs; write {n + 1}, or antithetic: false"
             )
         if self.fitness_shaping == "standardize" and n < 5:
             raise ValueError(
@@ -318,7 +317,10 @@ class ScheduleFile(Strict):
         for name in acting_names(self.schedule):
             self._known(name, "schedule")
         phases = self.schedule.phases if isinstance(self.schedule, Phases) else ()
-        for where, rules in [("policy", self.policy), *((f"phase {i}'s policy", p.policy) for i, p in enumerate(phases))]:
+        for where, rules in [
+            ("policy", self.policy),
+            *((f"phase {i}'s policy", p.policy) for i, p in enumerate(phases)),
+        ]:
             for rule in rules or ():
                 for name in () if rule.use == "frozen" else rule.use:
                     self._known(name, where)

@@ -69,10 +69,11 @@ class LocalEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Master weights, buffers and the optimizer's state."""
+        optimizer = self.optimizer.state_dict() if self.optimizer else {"state": {}, "param_groups": []}
         return {
             "weights": {name: master.data for name, master in self.masters.items()},
-            "buffers": dict(self.model.named_buffers()),
-            "optimizer": self.optimizer.state_dict() if self.optimizer else {},
+            "buffers": self._buffers(),
+            "optimizer": {**optimizer, "state": {str(i): values for i, values in optimizer["state"].items()}},
         }
 
     @torch.no_grad()
@@ -80,11 +81,17 @@ class LocalEngine:
         """Put back what `state_dict` gave."""
         for name, master in self.masters.items():
             master.copy_(state["weights"][name])
-        for name, buffer in self.model.named_buffers():
+        for name, buffer in self._buffers().items():
             buffer.copy_(state["buffers"][name])
         if self.optimizer:
-            self.optimizer.load_state_dict(state["optimizer"])
+            by_number = {int(i): values for i, values in state["optimizer"]["state"].items()}
+            self.optimizer.load_state_dict({**state["optimizer"], "state": by_number})
         self._refresh(self.masters)
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Buffers that belong to the model's state; others, such as tables of angles, are made by its code."""
+        saved = self.model.state_dict()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
 
     def _ordered(self, names: Collection[str]) -> list[str]:
         """The names in the model's order, so that a run does not depend on how a set happens to be ordered."""

@@ -50,7 +50,9 @@ class BackpropEstimator:
             UserError: the objective has no gradient, or none with respect to the parameters.
         """
         if not objective.differentiable:
-            raise UserError("objective: it has no gradient, which backprop needs; use a schedule of es estimators alone")
+            raise UserError(
+                "objective: it has no gradient, which backprop needs; use a schedule of es estimators alone"
+            )
         parameters = {name: engine.parameters[name] for name in engine.parameters if name in names}
         with (
             training_mode(engine.model, True),

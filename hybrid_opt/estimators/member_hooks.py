@@ -61,7 +61,7 @@ def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dic
     """Why each parameter that cannot be evaluated low rank cannot be, by name."""
     reasons = {}
     for module, names in _owners(model, parameters).items():
-        for attribute, name in names.items():
+        for name in names.values():
             if _family(module) is None:
                 reasons[name] = f"it belongs to a {type(module).__name__} module"
             elif parameters[name].dim() > 2:
@@ -137,9 +137,9 @@ def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], fact
         a, b = factors.matrices[names["weight"]]
         if type(module).__name__ == "Conv1D":  # its weight is (in, out), the transpose of a Linear's
             a, b = b, a
-        flat = torch.baddbmm(flat, x.reshape(m, -1, x.shape[-1]) @ a.to(x.dtype), b.to(x.dtype).mT)
+        flat.baddbmm_(x.reshape(m, -1, x.shape[-1]) @ a.to(x.dtype), b.to(x.dtype).mT)  # y is fresh: nobody else's
     if "bias" in names:
-        flat = flat + factors.vectors[names["bias"]].to(y.dtype).unsqueeze(1)
+        flat += factors.vectors[names["bias"]].to(y.dtype).unsqueeze(1)
     return flat.view(y.shape)
 
 
@@ -153,7 +153,9 @@ def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str],
         )
     rows = ids.reshape(factors.members, -1)
     picked = b.gather(1, rows.unsqueeze(-1).expand(-1, -1, b.shape[-1]))
-    return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(y.shape)
+    return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(
+        y.shape
+    )
 
 
 def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:

@@ -31,7 +31,9 @@ class Key:
 
     def seed(self, bits: int = 63) -> int:
         """A non-negative integer of this many bits, for libraries that want a seed."""
-        return int.from_bytes(hashlib.blake2b(repr(self.parts).encode(), digest_size=8).digest(), "little") >> (64 - bits)
+        return int.from_bytes(hashlib.blake2b(repr(self.parts).encode(), digest_size=8).digest(), "little") >> (
+            64 - bits
+        )
 
 
 Distribution = Callable[[Sequence[Key], int, int, torch.device], Tensor]
@@ -77,9 +79,7 @@ def _words(first: int, stop: int, high: int, per_word: int, device: torch.device
 
 def _key_words(keys: Sequence[Key], high: int, device: torch.device) -> tuple[Tensor, ...]:
     """Four 32-bit words a key, each (keys, 1) int32."""
-    digests = b"".join(
-        hashlib.blake2b(repr((*key.parts, high)).encode(), digest_size=16).digest() for key in keys
-    )
+    digests = b"".join(hashlib.blake2b(repr((*key.parts, high)).encode(), digest_size=16).digest() for key in keys)
     words = torch.frombuffer(bytearray(digests), dtype=torch.int32).view(len(keys), 4).to(device)
     return words.split(1, dim=1)
 

@@ -22,7 +22,7 @@ def centered_rank(losses: Tensor) -> Tensor:
 
     The mean square of the weights is (N + 1) / (3 (N - 1)) when no losses are equal.
     """
-    ordered, inverse, counts = torch.unique(losses.double(), return_inverse=True, return_counts=True)
+    _ordered, inverse, counts = torch.unique(losses.double(), return_inverse=True, return_counts=True)
     last = counts.cumsum(0) - 1
     rank = last.double() - (counts - 1) / 2
     return 2 * rank[inverse] / (len(losses) - 1) - 1

@@ -23,7 +23,9 @@ def inventory(config: Model, lora: Lora | None) -> Inventory:
         UserError: there is no such model; see `models.loading`.
     """
     if config.name == "smollm2-135m" and lora is None:
-        return _read(Path(__file__).with_name("smollm2_135m.json"))  # the demo's model answers at once the first time too
+        return _read(
+            Path(__file__).with_name("smollm2_135m.json")
+        )  # the demo's model answers at once the first time too
     path = cache_folder() / "inventories" / f"{_fingerprint(config, lora)}.json"
     if path.exists():
         return _read(path)
@@ -52,8 +54,6 @@ def _work_out(config: Model, lora: Lora | None) -> Inventory:
     from hybrid_opt.models.loading import architecture, with_adapters
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            architecture(config), trust_remote_code=config.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
         model = with_adapters(model, lora)
     return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}

@@ -71,7 +71,9 @@ def architecture(config: Model) -> PretrainedConfig:
     try:
         known = AutoConfig.for_model(kind).to_dict()
     except ValueError as error:
-        raise UserError(f"model.config.model_type: transformers has no {kind!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.config.model_type: transformers has no {kind!r}: {str(error).splitlines()[0]}"
+        ) from None
     for key in settings:
         if key not in known:
             raise UserError(f"model.config.{key}: {kind} has no such setting{did_you_mean(key, known)}")

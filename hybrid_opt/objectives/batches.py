@@ -12,6 +12,23 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.noise import Key
 
 
+def hold_out(examples: Sequence[Any], fraction: float, seed: int, at_end: bool) -> tuple[list[Any], list[Any]]:
+    """Examples to train on, and a fraction of them to hold out: the last ones of a running text, else random ones.
+
+    Raises:
+        UserError: one side would have no examples.
+    """
+    count = round(len(examples) * fraction)
+    if count in (0, len(examples)):
+        raise UserError(f"data.validation: {fraction} of {len(examples)} examples leaves one side without any")
+    if at_end:
+        return list(examples[:-count]), list(examples[-count:])
+    generator = np.random.Generator(np.random.Philox(Key((seed, "held out")).seed()))
+    chosen = set(generator.permutation(len(examples))[:count].tolist())
+    kept, held = ([e for i, e in enumerate(examples) if (i in chosen) == side] for side in (False, True))
+    return kept, held
+
+
 class Batches(Protocol):
     """A batch for every step."""
 

@@ -6,7 +6,6 @@ last token. Choices that begin alike share that row, so one-token label words co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from datasets import Dataset

@@ -14,27 +14,18 @@ from hybrid_opt.objectives import jsonl
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
-def load_splits(config: Data, seed: int) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Rows to train on, and rows held out if the configuration asks for them.
-
-    Args:
-        seed: decides which rows a fraction sets aside.
+def load_splits(config: Data) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Rows to train on, and held-out rows if a file or a split is given for them (a fraction is set aside later).
 
     Raises:
         UserError: nothing can be read there, a split does not exist, or it has no rows.
     """
     train = _load(config.train, config.subset, config.split, "data.train")
-    held_out = None
-    if isinstance(config.validation, float):
-        if round(len(train) * config.validation) in (0, len(train)):
-            raise UserError(f"data.validation: {config.validation} of {len(train)} rows leaves one side without rows")
-        both = train.train_test_split(test_size=config.validation, seed=seed)
-        train, held_out = both["train"], both["test"]
-    elif config.validation is not None and _is_file(config.validation):
-        held_out = _load(config.validation, None, "train", "data.validation")
-    elif config.validation is not None:
-        held_out = _load(config.train, config.subset, config.validation, "data.validation")
-    return train, held_out
+    if not isinstance(config.validation, str):
+        return train, None
+    if _is_file(config.validation):
+        return train, _load(config.validation, None, "train", "data.validation")
+    return train, _load(config.train, config.subset, config.validation, "data.validation")
 
 
 def _is_file(name: str) -> bool:
@@ -74,7 +65,9 @@ def _read(path: Path, source: str, subset: str | None, split: str) -> datasets.D
         if isinstance(saved, datasets.Dataset):
             return saved
         if split not in saved:
-            raise UserError(f"{source}: there is no split {split!r}{did_you_mean(split, saved)}; it has {', '.join(saved)}")
+            raise UserError(
+                f"{source}: there is no split {split!r}{did_you_mean(split, saved)}; it has {', '.join(saved)}"
+            )
         return saved[split]
     return datasets.load_dataset(source, subset, split=split)
 

@@ -62,9 +62,7 @@ def encode_prompts(
     return prompts
 
 
-def tokenize(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True
-) -> list[list[int]]:
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, special_tokens: bool = True) -> list[list[int]]:
     """Token ids of texts; with the special tokens that the tokenizer puts around a text by itself, or without."""
     # verbose=False: a text beyond the model's own limit is shortened later, so no warning about it.
     return tokenizer(list(texts), add_special_tokens=special_tokens, verbose=False).input_ids if texts else []

@@ -30,7 +30,9 @@ class Template:
             raise UserError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for braces themselves") from None
         for _, column, form, conversion in parts:
             if column is not None and (form or conversion or not column.strip()):
-                raise UserError(f"{key}: only column names may stand between braces, in {text!r}; write {{{{ for a brace")
+                raise UserError(
+                    f"{key}: only column names may stand between braces, in {text!r}; write {{{{ for a brace"
+                )
         return cls(key, tuple((literal, column) for literal, column, _, _ in parts))
 
     @property

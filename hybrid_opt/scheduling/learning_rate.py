@@ -16,5 +16,7 @@ def learning_rate_at(config: LearningRate, steps: int) -> Callable[[int], float]
     """
     placeholder = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     warmup = config.warmup_steps
-    schedule = get_scheduler(config.learning_rate_schedule, placeholder, num_warmup_steps=warmup, num_training_steps=steps)
+    schedule = get_scheduler(
+        config.learning_rate_schedule, placeholder, num_warmup_steps=warmup, num_training_steps=steps
+    )
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)

@@ -4,6 +4,7 @@ One idea: this is the whole method. All estimates of a step are taken at the sam
 whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -49,6 +50,8 @@ class StepReport:
     """Tokens that forward passes processed."""
     seconds: float
     """Duration."""
+    part_seconds: dict[str, float]
+    """Duration of each estimate, and of an even part of the rest."""
 
 
 class HybridOptimizer:
@@ -88,7 +91,8 @@ class HybridOptimizer:
         )
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
         self.rules: dict[str, UpdateRule | None] = {
-            name: None if isinstance(c, Backprop) else build_rule(c.update) for name, c in self.config.estimators.items()
+            name: None if isinstance(c, Backprop) else build_rule(c.update)
+            for name, c in self.config.estimators.items()
         }
         self.learning_rates = {name: _learning_rate(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
@@ -112,33 +116,40 @@ class HybridOptimizer:
         batch = None if callable(batch) else to_device(batch, self.engine.device)
         plan = self.schedule.plan(step, self.signals)
         policy = self.policies[self.schedule.phase]
-        contributions, costs = [], {}
+        contributions, costs, durations = [], {}, {}
         for name, weight in plan.items():
+            begun = time.perf_counter()
             owned, key = policy.names(name), Key((self.seed, step)).fold(name)
             try:
                 estimate, costs[name] = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
+                _refuse_not_finite(costs[name])
             except UserError as error:
                 raise UserError(f"step {step}, estimator {name}: {error}") from error
+            durations[name] = time.perf_counter() - begun
             rate = self.learning_rates[name](step)
             contributions.append(Contribution(estimate, weight, owned, rate, self.rules[name]))
         self.engine.apply(contributions)
-        return self._report(started, contributions, plan, costs, batch)
-
-    def _report(self, started, contributions, plan, costs: dict[str, Cost], batch) -> StepReport:
+        seconds = time.perf_counter() - started
+        rest = (seconds - sum(durations.values())) / len(durations)
         forwards, backwards = (sum(getattr(c, kind) for c in costs.values()) for kind in ("forwards", "backwards"))
         report = StepReport(
-            step=self.signals.step,
+            step=step,
             weights=plan,
             costs=costs,
             learning_rates={name: c.learning_rate for name, c in zip(plan, contributions, strict=True)},
             loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
             tokens=count_tokens(batch) * forwards,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
+            part_seconds={name: duration + rest for name, duration in durations.items()},
         )
         self.signals = self.signals.updated(
             tokens=report.tokens, forwards=forwards, backwards=backwards, seconds=report.seconds, loss=report.loss
         )
         return report
+
+    def acting(self) -> list[str]:
+        """Names of the estimators that the next step will use."""
+        return list(self.schedule.plan(self.signals.step, self.signals))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals."""
@@ -167,7 +178,11 @@ class HybridOptimizer:
 
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
-            if isinstance(self.config.estimators[name], Backprop) and self.objective and not self.objective.differentiable:
+            if (
+                isinstance(self.config.estimators[name], Backprop)
+                and self.objective
+                and not self.objective.differentiable
+            ):
                 raise UserError(
                     f"schedule: {name!r} is backprop, but the objective has no gradient; use a schedule of es alone"
                 )
@@ -184,7 +199,9 @@ class _Closure:
     def losses(self, model: nn.Module, batch: None) -> Tensor:
         losses = self.function()
         if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.dim() > 1:
-            raise UserError(f"the function given to step() must return losses (examples,) or their mean, not {losses!r}")
+            raise UserError(
+                f"the function given to step() must return losses (examples,) or their mean, not {losses!r}"
+            )
         return losses.reshape(-1)
 
     def measures(self, model: nn.Module, batch: None) -> dict[str, Tensor]:
@@ -202,6 +219,11 @@ def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | Non
 
 def _build_estimator(config) -> Estimator:
     return BackpropEstimator(config) if isinstance(config, Backprop) else EsEstimator(config)
+
+
+def _refuse_not_finite(cost: Cost) -> None:
+    if not math.isfinite(cost.loss):
+        raise UserError(f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping")
 
 
 def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:

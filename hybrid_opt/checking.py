@@ -1,0 +1,116 @@
+"""What `check` and `plan` show: who may move what, and who acts when. No torch, no weights. Next: `scheduling/policy.py`."""
+
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.table import Column, Table
+from rich.text import Text
+
+from hybrid_opt.config.run import Data, RunFile
+from hybrid_opt.errors import UserError
+from hybrid_opt.models.inventory import Inventory, inventory
+from hybrid_opt.objectives import jsonl
+from hybrid_opt.objectives.template import Template
+from hybrid_opt.scheduling.policy import Policy, resolve_policies
+from hybrid_opt.scheduling.schedule import build_schedule
+from hybrid_opt.scheduling.signals import Signals
+
+
+def check_data(data: Data) -> None:
+    """Whether local data files exist, can be read, and have the columns that the templates name.
+
+    Other sources are looked at only when training starts.
+
+    Raises:
+        UserError: naming the file, the line or the column.
+    """
+    templates = [
+        Template.parse(text, f"data.{key}")
+        for key, text in (("prompt", data.prompt), ("completion", data.completion))
+        if text is not None
+    ]
+    for key, column in (("messages", data.messages), ("text", data.text)):
+        if column is not None:
+            templates.append(Template(f"data.{key}", (("", column),)))
+    files = [("data.train", data.train)]
+    if isinstance(data.validation, str) and Path(data.validation).suffix:
+        files.append(("data.validation", data.validation))
+    for key, name in files:
+        columns = _columns(Path(name), key)
+        for template in templates if columns is not None else ():
+            template.check(columns)
+
+
+def _columns(path: Path, key: str) -> list[str] | None:
+    if path.suffix not in (".jsonl", ".csv", ".txt"):
+        return None
+    if not path.is_file():
+        raise UserError(f"{key}: {path}: no such file")
+    if path.suffix == ".jsonl":
+        return jsonl.columns(path)
+    if path.suffix == ".txt":
+        return ["text"]
+    with path.open(encoding="utf-8", newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def policy_tables(run: RunFile) -> Iterator[Table]:
+    """For each phase: groups of parameters of the same kind -> the estimators that may move them, with counts.
+
+    Raises:
+        UserError: a policy does not fit the model.
+    """
+    shapes = inventory(run.model, run.peft)
+    for phase, policy in resolve_policies(run.schedule, list(shapes)).items():
+        yield _policy_table(policy, shapes, "" if phase is None else f"phase {phase}")
+
+
+def _policy_table(policy: Policy, shapes: Inventory, title: str) -> Table:
+    table = Table(
+        Column("parameters", overflow="fold"),
+        "tensors",
+        "values",
+        "moved by",
+        title=title or None,
+        title_justify="left",
+    )
+    for column in table.columns[1:3]:
+        column.justify = "right"
+    groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name, estimators in policy.owners.items():
+        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
+        groups.setdefault((kind, estimators), []).append(name)
+    for (kind, estimators), names in groups.items():
+        values = sum(math.prod(shapes[name]) for name in names)
+        table.add_row(kind, f"{len(names):,}", f"{values:,}", ", ".join(estimators) or "frozen")
+    table.add_section()
+    for name in dict.fromkeys(e for estimators in policy.owners.values() for e in estimators):
+        owned = policy.names(name)
+        table.add_row(f"all of {name}", f"{len(owned):,}", f"{sum(math.prod(shapes[n]) for n in owned):,}", name)
+    return table
+
+
+def timeline(run: RunFile, steps: int) -> Iterator[Text]:
+    """One line for each stretch of steps in which the same estimators act with the same weights."""
+    schedule, signals = build_schedule(run.schedule.schedule), Signals()
+    by_tokens = any(getattr(phase, "tokens", None) for phase in getattr(run.schedule.schedule, "phases", ()))
+    stretches: list[tuple[int, int, str]] = []
+    for step in range(steps):
+        weights = schedule.plan(step, signals)
+        who = " + ".join(f"{weight:.3g} {name}" if weight != 1 else name for name, weight in weights.items())
+        who += "" if schedule.phase is None else f"  (phase {schedule.phase})"
+        if stretches and stretches[-1][2] == who:
+            stretches[-1] = (stretches[-1][0], step, who)
+        else:
+            stretches.append((step, step, who))
+        forwards = sum(getattr(run.schedule.estimators[name], "population_size", 1) for name in weights)
+        tokens = forwards * run.training.batch_size * run.data.max_tokens
+        signals = signals.updated(tokens=tokens, forwards=forwards, backwards=0, seconds=0.0, loss=0.0)
+    width = len(str(steps - 1))
+    for first, last, who in stretches:
+        steps_text = f"step  {first:>{width}}" if first == last else f"steps {first:>{width}} to {last:>{width}}"
+        yield Text(f"{steps_text:<{2 * width + 11}} {who}")
+    if by_tokens:
+        yield Text("(phases given in tokens: their ends are estimated from batches of full length)")

@@ -1,0 +1,140 @@
+"""From a validated run file to a Trainer with model, data and objective. Next: `hybrid_optimizer.py`.
+
+One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from datasets import Dataset
+
+from hybrid_opt.config.run import Choice, Function, RunFile
+from hybrid_opt.errors import UserError
+from hybrid_opt.models.loading import load_model, load_tokenizer
+from hybrid_opt.objectives.batches import ShuffledBatches, hold_out
+from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
+from hybrid_opt.objectives.choice import ChoiceData
+from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
+from hybrid_opt.objectives.data import load_splits
+from hybrid_opt.training.progress import Display
+from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.training.trainer import Trainer
+
+
+class ExampleData(Protocol):
+    """Turns rows into examples, and examples into batches for an objective."""
+
+    def encode(self, rows: Dataset) -> Sequence[Any]:
+        """Examples from rows."""
+        ...
+
+    def collate(self, examples: Sequence[Any]) -> Any:
+        """A batch from examples."""
+        ...
+
+
+def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, display: Display | None = None) -> Trainer:
+    """A Trainer for a run file, ready to train.
+
+    Args:
+        overwrite: replace the run that the output folder holds.
+        resume: go on from the newest checkpoint there.
+        display: what shows the progress.
+
+    Raises:
+        UserError: anything in the run file that does not fit the data, the model or the machine.
+    """
+    folder = RunFolder(run.output)
+    folder.check(overwrite=overwrite, resume=resume)
+    if resume:
+        refuse_changes(folder.read_config(), run)
+    rows, held_out_rows = load_splits(run.data)
+    tokenizer = load_tokenizer(run.model)
+    objective, data = _objective(run, tokenizer)
+    examples = data.encode(rows)
+    held_out = data.encode(held_out_rows) if held_out_rows is not None else []
+    if isinstance(run.data.validation, float):
+        examples, held_out = hold_out(
+            examples, run.data.validation, run.training.seed, at_end=run.data.text is not None
+        )
+    validation = _short_first(held_out)
+    training, size = run.training, run.training.evaluation_batch_size
+    along = _spread(validation, training.evaluation_rows or len(validation))
+    return Trainer(
+        load_model(run.model, run.peft, training.seed),
+        objective,
+        ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
+        schedule=run.schedule,
+        steps=training.steps,
+        seed=training.seed,
+        engine=run.engine,
+        validation=_batches(validation, size, data),
+        evaluate_every=training.evaluate_every,
+        validation_along=_batches(along, size, data),
+        probe=_batches(_spread(validation or examples, training.probe_rows), size, data),
+        checkpoint_every=training.checkpoint_every,
+        output=run.output,
+        overwrite=overwrite,
+        resume=resume,
+        tokenizer=tokenizer,
+        config=run.model_dump(mode="json", exclude_none=True),
+        display=display,
+    )
+
+
+def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
+    """A resumed run must be the run that was interrupted, but for its length and how often it looks around.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    now = run.model_dump(mode="json", exclude_none=True)
+    free = {
+        "training.steps",
+        "training.evaluate_every",
+        "training.checkpoint_every",
+        "training.evaluation_rows",
+        "output",
+    }
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key) and key not in free:
+            raise UserError(
+                f"{run.output}: cannot resume, because {key} was {before.get(key)!r} and is now {after.get(key)!r}; "
+                "change it back, or start anew with --overwrite"
+            )
+
+
+def _flat(tree: dict[str, Any], way: str = ""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{way}{key}.")
+        else:
+            yield f"{way}{key}", value
+
+
+def _objective(run: RunFile, tokenizer) -> tuple[Objective, ExampleData]:
+    match run.objective:
+        case Choice():
+            data = ChoiceData(run.data, tokenizer)
+            return data.objective, data
+        case Function():
+            function = import_function(run.objective.function)
+            return FunctionObjective(function, run.objective.differentiable), CausalLmData(run.data, tokenizer)
+        case _:
+            return CausalLmObjective(), CausalLmData(run.data, tokenizer)
+
+
+def _short_first(examples: Sequence[Any]) -> list[Any]:
+    """Sorted by length, so that batches for evaluation hold little padding."""
+    return sorted(examples, key=lambda example: len(example.prompt))
+
+
+def _spread(examples: Sequence[Any], rows: int) -> list[Any]:
+    """This many examples, at even distances (short ones and long ones, where they are sorted)."""
+    rows = min(rows, len(examples))
+    return [examples[i * len(examples) // rows] for i in range(rows)]
+
+
+def _batches(examples: Sequence[Any], size: int, data: ExampleData) -> list[Any]:
+    return [data.collate(examples[i : i + size]) for i in range(0, len(examples), size)]

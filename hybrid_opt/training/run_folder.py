@@ -1,0 +1,125 @@
+"""The folder that a run leaves behind. Next: `summary.py`, `curves.py`.
+
+    run.yaml            resolved configuration (only for runs from a run file)
+    metrics.jsonl       one line a step
+    evaluations.jsonl   one line an evaluation
+    checkpoints/        to resume from
+    summary.json        before, after, and what each estimator contributed
+    curves.png          loss against steps and seconds
+    model/              the final model, as transformers loads it
+
+One idea: a folder is only ever written to by a run that began with it empty, unless the user says otherwise.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid_opt.errors import UserError
+
+CONTENTS = (
+    "run.yaml",
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "checkpoints",
+    "summary.json",
+    "curves.png",
+    "model",
+    "adapter",
+)
+
+
+class RunFolder:
+    """Paths and writers of a run folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.evaluations = self.path / "evaluations.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.summary = self.path / "summary.json"
+        self.curves = self.path / "curves.png"
+        self.model = self.path / "model"
+
+    def check(self, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Whether a run may use the folder; leaves everything as it is.
+
+        Raises:
+            UserError: it holds a run already (and neither option is given), holds other things, cannot be written to, or
+                there is nothing in it to resume.
+        """
+        if resume and not any(self.checkpoints.glob("step-*")):
+            hint = " (its run has finished)" if self.summary.exists() else ""
+            raise UserError(f"{self.path}: there is no checkpoint to resume from{hint}; start anew with --overwrite")
+        present = [] if not self.path.is_dir() else [entry.name for entry in self.path.iterdir()]
+        foreign = sorted(set(present) - set(CONTENTS))
+        if foreign and not resume:
+            raise UserError(
+                f"output: {self.path} holds other things than a run ({', '.join(foreign[:3])}); choose a new folder"
+            )
+        if present and not (overwrite or resume):
+            raise UserError(
+                f"output: {self.path} holds a run already; go on with it by --resume, replace it by --overwrite, or choose "
+                "another folder with output=..."
+            )
+        existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        try:
+            with tempfile.TemporaryDirectory(dir=existing):
+                pass
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be written to: {error.strerror}") from None
+
+    def prepare(self) -> None:
+        """Make the folder, without anything that an earlier run left in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in CONTENTS:
+            entry = self.path / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        """The resolved configuration as `run.yaml`, which `train` takes like the original."""
+        (self.path / "run.yaml").write_text(
+            yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8"
+        )
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """The summary as JSON."""
+        self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+    def clear_checkpoints(self) -> None:
+        """A finished run needs none."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def read_config(self) -> dict[str, Any]:
+        """What `write_config` wrote; empty if nothing was."""
+        path = self.path / "run.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """One JSON line at the end of a file."""
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """The lines of a file that `append` wrote; none if there is no file."""
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def drop_after(self, step: int) -> None:
+        """Forget what was recorded of steps from `step` on, because they are taken again."""
+        for path, kept in (
+            (self.metrics, lambda row: row["step"] < step),
+            (self.evaluations, lambda r: r["step"] <= step),
+        ):
+            if path.exists():
+                path.write_text(
+                    "".join(json.dumps(row) + "\n" for row in self.rows(path) if kept(row)), encoding="utf-8"
+                )

@@ -1,0 +1,62 @@
+"""The outcome of a run: before, after, and what each estimator contributed. Next: `progress.py`, `curves.py`."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Share:
+    """One estimator's part in a run."""
+
+    steps: int = 0
+    """Steps in which it acted."""
+    forwards: int = 0
+    """Forward passes over a batch."""
+    backwards: int = 0
+    """Backward passes over a batch."""
+    tokens: int = 0
+    """Tokens of its forward passes."""
+    seconds: float = 0.0
+    """Time of its estimates; what a step takes otherwise is split evenly among those who act in it."""
+    loss_decrease: float | None = None
+    """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed."""
+
+
+@dataclass
+class Summary:
+    """The outcome of a run."""
+
+    steps: int
+    before: dict[str, float]
+    """Measures on the validation rows before the first step; empty without validation."""
+    after: dict[str, float]
+    """The same after the last step."""
+    estimators: dict[str, Share] = field(default_factory=dict)
+    """Each estimator's part."""
+    shared_loss_decrease: dict[str, float] = field(default_factory=dict)
+    """Fall of the probe loss over turns in which several acted together, such as `es+backprop`."""
+    seconds: float = 0.0
+    """Time of all steps, without evaluations and probes."""
+    peak_memory_bytes: int = 0
+    """Most memory used: of the process on CPU, of the device on CUDA."""
+    finished: bool = True
+    """False if the run was interrupted and can be resumed."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """In plain values, for JSON."""
+        return asdict(self)
+
+
+def shares_of(metrics: Iterable[dict[str, Any]], decrease: dict[str, float]) -> dict[str, Share]:
+    """Each estimator's part, from the lines of `metrics.jsonl` and the credits of `Attribution`."""
+    shares: dict[str, Share] = {}
+    for row in metrics:
+        for name, part in row["parts"].items():
+            share = shares.setdefault(name, Share(loss_decrease=decrease.get(name)))
+            share.steps += 1
+            share.forwards += part["forwards"]
+            share.backwards += part["backwards"]
+            share.tokens += part["tokens"]
+            share.seconds += part["seconds"]
+    return shares

@@ -1,0 +1,249 @@
+"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `evaluation.py`, `run_folder.py`.
+
+One idea: the trainer adds nothing to the method. It asks `HybridOptimizer` for one step after another and writes down
+what happened, so a loop of one's own around the same object gives the same weights.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
+from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.errors import UserError
+from hybrid_opt.objectives.batches import Batches, IterableBatches
+from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.training.attribution import Attribution
+from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from hybrid_opt.training.curves import draw_curves
+from hybrid_opt.training.evaluation import evaluate
+from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
+from hybrid_opt.training.interrupt import stop_requests
+from hybrid_opt.training.memory import peak_memory_bytes
+from hybrid_opt.training.progress import Display, ProgressBar
+from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.training.save_model import save_model
+from hybrid_opt.training.summary import Summary, shares_of
+
+
+class Trainer:
+    """Trains a model for a number of steps.
+
+    Args:
+        model: any `torch.nn.Module`.
+        objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective.
+        batches: an iterable of batches, started again when it ends, or an object with `batch(step)`.
+        schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
+        steps: number of steps.
+        seed: decides all noise.
+        engine: where the weights live.
+        validation: batches to evaluate on before and after.
+        evaluate_every: steps between evaluations along the way; 0: none.
+        validation_along: fewer batches for those; None: the same.
+        probe: batches on which each estimator's contribution is measured.
+        checkpoint_every: steps between checkpoints; 0: only when interrupted.
+        output: run folder; None: nothing is written.
+        overwrite: replace the run that the folder holds.
+        resume: go on from the folder's newest checkpoint.
+        tokenizer: saved with the model.
+        config: resolved configuration to keep in the run folder.
+        display: what shows the progress.
+
+    Raises:
+        UserError: see `HybridOptimizer` and `RunFolder.check`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective | Callable[[nn.Module, Any], Tensor],
+        batches: Iterable[Any] | Batches,
+        *,
+        schedule: str | Path | dict[str, Any] | ScheduleFile,
+        steps: int,
+        seed: int = 0,
+        engine: LocalEngineConfig = LocalEngineConfig(type="local"),
+        validation: Sequence[Any] = (),
+        evaluate_every: int = 0,
+        validation_along: Sequence[Any] | None = None,
+        probe: Sequence[Any] = (),
+        checkpoint_every: int = 0,
+        output: str | Path | None = None,
+        overwrite: bool = False,
+        resume: bool = False,
+        tokenizer: Any = None,
+        config: dict[str, Any] | None = None,
+        display: Display | None = None,
+    ):
+        self.folder = RunFolder(output) if output is not None else None
+        if self.folder:
+            self.folder.check(overwrite=overwrite, resume=resume)
+        elif resume:
+            raise UserError("resume: a run without an output folder cannot be resumed")
+        self.optimizer = HybridOptimizer(model, objective, schedule=schedule, steps=steps, seed=seed, engine=engine)
+        self.batches = batches if hasattr(batches, "batch") else IterableBatches(batches)
+        self.steps, self.evaluate_every, self.checkpoint_every = steps, evaluate_every, checkpoint_every
+        self.validation = validation
+        self.validation_along = validation if validation_along is None else validation_along
+        self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
+        self.resume, self.tokenizer, self.config = resume, tokenizer, config
+        self.display = display or ProgressBar()
+        self.before: dict[str, float] = {}
+        self.metrics: list[dict[str, Any]] = []
+        self.evaluations: list[dict[str, Any]] = []
+
+    def train(self) -> Summary:
+        """Take the steps that are left, and write the model, the metrics and the summary.
+
+        An interrupt (Ctrl-C, SIGTERM) lets the current step end, saves a checkpoint and returns what there is so far.
+
+        Raises:
+            UserError: losses that are not finite, or batches that ended; a checkpoint is saved first.
+        """
+        with stop_requests(self.display.say) as stop_requested:
+            self._begin()
+            self.display.start(self.optimizer.signals.step, self.steps)
+            try:
+                finished = self._loop(stop_requested)
+            except UserError as error:
+                raise UserError(f"{error}{self._save()}") from None
+            finally:
+                self.display.stop()
+            return self._end() if finished else self._interrupted()
+
+    def _loop(self, stop_requested: Callable[[], bool]) -> bool:
+        """Whether all steps were taken."""
+        while (step := self.optimizer.signals.step) < self.steps:
+            if stop_requested():
+                return False
+            self.attribution.before_step(tuple(self.optimizer.acting()))
+            self._record(self.optimizer.step(self.batches.batch(step)))
+            done = step + 1
+            if self.evaluate_every and done % self.evaluate_every == 0 and done < self.steps and self.validation_along:
+                self._record_evaluation(done, self._evaluate(self.validation_along))
+            if self.checkpoint_every and done % self.checkpoint_every == 0 and done < self.steps:
+                self._save()
+        return True
+
+    # ------------------------------------------------------------ beginning and end
+
+    def _begin(self) -> None:
+        if self.resume:
+            self._load()
+            return
+        if self.folder:
+            self.folder.prepare()
+            if self.config is not None:
+                self.folder.write_config(self.config)
+        if self.validation:
+            self.display.say("evaluating before the first step ...")
+            self.before = self._evaluate(self.validation)
+            self._record_evaluation(0, self.before)
+
+    def _end(self) -> Summary:
+        if self.folder:  # first, so that it is there whatever happens to the rest
+            save_model(self.optimizer.engine.model, self.tokenizer, self.folder.path)
+        self.attribution.finish()
+        after = {}
+        if self.validation:
+            self.display.say("evaluating after the last step ...")
+            after = self._evaluate(self.validation)
+            self._record_evaluation(self.steps, after)
+        summary = self._summary(after)
+        if self.folder:
+            draw_curves(self.metrics, self.evaluations, self.folder.curves)
+            self.folder.write_summary(summary.as_dict())
+            self.folder.clear_checkpoints()
+        return summary
+
+    def _interrupted(self) -> Summary:
+        self.display.say(f"stopped after {self.optimizer.signals.step} steps{self._save()}")
+        return self._summary({}, finished=False)
+
+    def _summary(self, after: dict[str, float], finished: bool = True) -> Summary:
+        decrease = self.attribution.decrease
+        return Summary(
+            steps=self.optimizer.signals.step,
+            before=self.before,
+            after=after,
+            estimators=shares_of(self.metrics, decrease),
+            shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
+            seconds=self.optimizer.signals.seconds,
+            peak_memory_bytes=peak_memory_bytes(self.optimizer.engine.device),
+            finished=finished,
+        )
+
+    # ------------------------------------------------------------ measuring and recording
+
+    def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
+        engine = self.optimizer.engine
+        return evaluate(engine.model, self.optimizer.objective, batches, engine.device)
+
+    def _record(self, report: StepReport) -> None:
+        row = metrics_row(report, peak_memory_bytes(self.optimizer.engine.device))
+        self.metrics.append(row)
+        if self.folder:
+            self.folder.append(self.folder.metrics, row)
+        self.display.stepped(report)
+
+    def _record_evaluation(self, step: int, measures: dict[str, float]) -> None:
+        signals = self.optimizer.signals
+        row = {"step": step, **measures, "seconds": signals.seconds, "tokens": signals.tokens}
+        self.evaluations.append(row)
+        if self.folder:
+            self.folder.append(self.folder.evaluations, row)
+        self.display.say(f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+    # ------------------------------------------------------------ checkpoints
+
+    def _save(self) -> str:
+        """Save a checkpoint, if there is a folder, and say how to go on from it."""
+        if not self.folder:
+            return ""
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "attribution": self.attribution.state_dict(),
+            "before": self.before,
+        }
+        save_checkpoint(self.folder.checkpoints, self.optimizer.signals.step, state)
+        return f" (saved in {self.folder.path}; go on with the same command and --resume)"
+
+    def _load(self) -> None:
+        state = load_checkpoint(newest_checkpoint(self.folder.checkpoints), self.optimizer.engine.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.attribution.load_state_dict(state["attribution"])
+        self.before = state["before"]
+        self.folder.drop_after(self.optimizer.signals.step)
+        self.metrics = self.folder.rows(self.folder.metrics)
+        self.evaluations = self.folder.rows(self.folder.evaluations)
+
+
+def metrics_row(report: StepReport, peak_memory: int) -> dict[str, Any]:
+    """The line of `metrics.jsonl` for a step."""
+    spreads = [cost.loss_spread for cost in report.costs.values() if cost.loss_spread is not None]
+    forwards = sum(cost.forwards for cost in report.costs.values())
+    return {
+        "step": report.step,
+        "estimators": list(report.weights),
+        "weights": report.weights,
+        "loss": report.loss,
+        "losses": {name: cost.loss for name, cost in report.costs.items()},
+        "loss_spread": spreads[0] if spreads else None,
+        "learning_rates": report.learning_rates,
+        "forwards": forwards,
+        "backwards": sum(cost.backwards for cost in report.costs.values()),
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "peak_memory_bytes": peak_memory,
+        "parts": {
+            name: {
+                "forwards": cost.forwards,
+                "backwards": cost.backwards,
+                "tokens": report.tokens * cost.forwards // forwards,
+                "seconds": report.part_seconds[name],
+            }
+            for name, cost in report.costs.items()
+        },
+    }
