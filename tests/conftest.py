@@ -1,0 +1,89 @@
+"""Shared pieces: small real models, and a run file on real data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+GLASS = ROOT / "tests/data/glass_en"
+PROSE = ROOT / "tests/data/pride_and_prejudice.txt"
+SPAM = ROOT / "examples/spam/spam_test.jsonl"
+
+TINY = {
+    "llama": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
+}
+
+
+def tiny_model(kind: str = "llama", **changes) -> torch.nn.Module:
+    """A small model of a real architecture with random weights, the same each time, norms and biases included."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY[kind], **changes}))
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.dim() == 1:
+                    p.add_(0.1 * torch.randn(p.shape))
+    return model.eval()
+
+
+def token_batch(examples: int = 3, tokens: int = 7, vocabulary: int = 64) -> dict[str, torch.Tensor]:
+    """Random token ids with positions written out for each row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (examples, tokens), generator=generator)
+    return {"input_ids": ids, "position_ids": torch.arange(tokens).repeat(examples, 1)}
+
+
+def token_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean next-token cross-entropy of each row, (examples,)."""
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    labels = batch["input_ids"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def run_document(output: Path, **changes) -> dict:
+    """A run file on the small pretrained model and the spam data; `changes` replace whole sections."""
+    document = {
+        "model": {"name": str(GLASS)},
+        "data": {
+            "train": str(SPAM),
+            "validation": 0.05,
+            "prompt": "{subject}\n{body}\nSpam or ham?",
+            "completion": " {label}",
+            "choices": [" spam", " ham"],
+            "max_tokens": 32,
+        },
+        "objective": {"type": "choice"},
+        "training": {"steps": 2, "batch_size": 4, "probe_rows": 4},
+        "engine": {"type": "local", "device": "cpu"},
+        "schedule": "alternate",
+        "output": str(output),
+    }
+    return {**document, **changes}
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """Writes a run file with changed sections and returns its path."""
+
+    def write(**changes) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(run_document(tmp_path / "out", **changes), sort_keys=False))
+        return path
+
+    return write
