@@ -26,7 +26,15 @@ TINY = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": 64,
+        "n_positions": 32,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 
 

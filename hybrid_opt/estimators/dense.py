@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key
+from hybrid_opt.estimators.noise import BLOCK, DISTRIBUTIONS, Key
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import Objective
 
@@ -41,17 +41,19 @@ class DensePerturbation:
 
     def combine(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard) -> Tensor:
         """See `Perturbation.combine`. Products and sums are taken one by one, so a slice equals that of the whole."""
-        total = torch.zeros(shard.data.numel(), device=shard.data.device)
-        for key, coefficient in zip(keys, coefficients.tolist(), strict=True):
-            total += self._draw(key, shard.name, shard.start, total.numel(), total.device).mul_(coefficient)
+        count, device = shard.data.numel(), shard.data.device
+        total = torch.zeros(count, device=device)
+        keys = [key.fold(shard.name) for key in keys]
+        for at in range(0, count, BLOCK):
+            piece = total[at : at + BLOCK]
+            directions = self.noise(keys, shard.start + at, len(piece), device)
+            for direction, coefficient in zip(directions, coefficients.tolist(), strict=True):
+                piece += direction.mul_(coefficient)
         return total
 
     def _perturb(self, weights: Tensor, original: Tensor, member: Member, name: str) -> None:
-        noise = self._draw(member.key, name, 0, weights.numel(), weights.device).view_as(weights)
+        noise = self.noise([member.key.fold(name)], 0, weights.numel(), weights.device).view_as(weights)
         weights.copy_(noise.mul_(member.sign * self.sigma).add_(original))
-
-    def _draw(self, key: Key, name: str, start: int, count: int, device: torch.device) -> Tensor:
-        return self.noise([key.fold(name)], start, count, device)[0]
 
 
 @contextmanager

@@ -1,0 +1,138 @@
+"""Evaluation by hooks against weights that are really written: `W + sigma / sqrt(r) B A^T`."""
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid_opt.engines.contract import Shard
+from hybrid_opt.engines.local import LocalEngine
+from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.low_rank import LowRankPerturbation
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.perturbation import Member
+from hybrid_opt.objectives.contract import FunctionObjective
+from tests.conftest import tiny_model, token_batch, token_losses
+
+SIGMA = 0.05
+MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(6)]
+MODELS = {
+    "llama, tied head": ("llama", {"tie_word_embeddings": True}),
+    "llama, own head": ("llama", {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@torch.no_grad()
+def losses_of_written_weights(engine: LocalEngine, perturbation: LowRankPerturbation, names) -> torch.Tensor:
+    """Each member's losses with its weights written out, (members, examples)."""
+    rows = []
+    for member in MEMBERS:
+        before = {name: engine.parameters[name].data.clone() for name in names}
+        for shard in engine.shards(names):
+            shard.data.add_(perturbation.combine([member.key], torch.tensor([member.sign * SIGMA]), shard))
+        rows.append(token_losses(engine.model, token_batch()))
+        for name in names:
+            engine.parameters[name].data.copy_(before[name])
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def losses_by_hooks(engine: LocalEngine, perturbation: LowRankPerturbation, names) -> torch.Tensor:
+    return perturbation.evaluate(engine, FunctionObjective(token_losses), token_batch(), names, MEMBERS)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("noise_rank", [1, 3])
+def test_all_parameters_at_once(kind, noise_rank):
+    architecture, settings = MODELS[kind]
+    engine = LocalEngine(tiny_model(architecture, **settings))
+    perturbation = LowRankPerturbation(noise_rank, SIGMA, members_per_forward=6)
+    names = list(engine.parameters)
+    hooked, written = (
+        losses_by_hooks(engine, perturbation, names),
+        losses_of_written_weights(engine, perturbation, names),
+    )
+    assert torch.allclose(hooked, written, rtol=0, atol=2e-6)
+    assert (hooked - token_losses(engine.model, token_batch())).abs().min() > 1e-4  # every member does differ
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_each_parameter_alone(kind):
+    """Linear, Conv1D, embedding, tied head, position embedding, norms and biases, one at a time."""
+    architecture, settings = MODELS[kind]
+    engine = LocalEngine(tiny_model(architecture, **settings))
+    perturbation = LowRankPerturbation(2, SIGMA, members_per_forward=6)
+    plain = token_losses(engine.model, token_batch())
+    for name in engine.parameters:
+        hooked = losses_by_hooks(engine, perturbation, [name])
+        assert torch.allclose(hooked, losses_of_written_weights(engine, perturbation, [name]), rtol=0, atol=2e-6), name
+        if "k_proj.bias" not in name:  # softmax does not see what is added to all keys
+            assert (hooked - plain).abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("members_per_forward", [1, 2, 4, 5])
+def test_any_number_of_members_a_forward_gives_the_same_losses(members_per_forward):
+    engine = LocalEngine(tiny_model())
+    names = list(engine.parameters)
+    together = losses_by_hooks(engine, LowRankPerturbation(1, SIGMA, 6), names)
+    assert torch.allclose(
+        losses_by_hooks(engine, LowRankPerturbation(1, SIGMA, members_per_forward), names), together, rtol=0, atol=1e-6
+    )
+
+
+def test_combination_is_the_sum_of_outer_products_and_slices_agree():
+    perturbation, shape = LowRankPerturbation(2, SIGMA, 1), torch.Size([7, 5])
+    keys, c = [Key((i,)) for i in range(4)], torch.tensor([0.5, -1.0, 2.0, 0.25], dtype=torch.float64)
+    whole = Shard("w", torch.zeros(35), 0, shape)
+    one_by_one = sum(c[i] * perturbation.combine([k], torch.ones(1), whole) for i, k in enumerate(keys))
+    combined = perturbation.combine(keys, c, whole)
+    assert torch.allclose(combined, one_by_one.float(), atol=1e-6)
+    for start, count in ((0, 35), (3, 1), (4, 12), (34, 1)):
+        part = perturbation.combine(keys, c, Shard("w", torch.zeros(count), start, shape))
+        assert torch.allclose(part, combined[start : start + count], atol=1e-6)
+    ranks = torch.linalg.matrix_rank(perturbation.combine(keys[:1], torch.ones(1), whole).view(shape))
+    assert ranks == 2
+
+
+def test_same_shaped_matrices_get_independent_noise():
+    perturbation, shape = LowRankPerturbation(1, SIGMA, 1), torch.Size([200, 200])
+    a, b = (perturbation.combine([Key((0,))], torch.ones(1), Shard(n, torch.zeros(40_000), 0, shape)) for n in "ab")
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.1
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def gate_losses(model, batch):
+    return model(batch).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scale", "parameter scale: low rank noise cannot be evaluated because it belongs to a Gate module"),
+        ("unused.weight", "parameter unused.weight: the forward pass does not call its Linear module"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_not_skipped(name, message):
+    engine = LocalEngine(Gate())
+    with torch.no_grad(), pytest.raises(UserError, match=message):
+        LowRankPerturbation(1, SIGMA, 2).evaluate(
+            engine, FunctionObjective(gate_losses), torch.ones(2, 4), [name], MEMBERS[:2]
+        )
+
+
+def test_positions_shared_by_all_rows_are_refused():
+    engine = LocalEngine(tiny_model("gpt2"))
+    batch = {"input_ids": token_batch()["input_ids"]}  # GPT-2 then looks up one row of positions for everybody
+    with torch.no_grad(), pytest.raises(UserError, match="pass position_ids for every row"):
+        LowRankPerturbation(1, SIGMA, 6).evaluate(
+            engine, FunctionObjective(token_losses), batch, list(engine.parameters), MEMBERS
+        )

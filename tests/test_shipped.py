@@ -1,0 +1,137 @@
+"""Everything that is shipped works: recipes, examples, the command line, and the wheel."""
+
+import json
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hybrid_opt import build, load_run, load_schedule
+from hybrid_opt.checking import policy_tables, timeline
+from hybrid_opt.config import recipes
+from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.training.progress import Silence
+from tests.conftest import PROSE, ROOT
+
+RECIPES = sorted((ROOT / "schedules").glob("*.yaml"))
+
+
+def test_there_are_enough_recipes_and_each_says_what_it_is_for():
+    assert len(RECIPES) >= 8
+    assert recipes() == {path.stem: path for path in RECIPES}
+    for path in RECIPES:
+        assert path.read_text().startswith("# "), path
+        assert load_schedule(path).description, path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_plans_and_takes_two_steps(recipe, write_run):
+    run = load_run(write_run(schedule=recipe.stem))
+    planned = " ".join(line.plain for line in timeline(run, 120))
+    assert all(name in planned for name in acting_names(run.schedule.schedule))
+    assert list(policy_tables(run))
+    summary = build(run, display=Silence()).train()
+    assert summary.steps == 2
+    assert 0 < summary.after["loss"] < 30
+
+
+def python(*arguments: str, cwd: Path = ROOT, timeout: int = 240) -> str:
+    result = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_quadratic_example_finds_the_minimum():
+    output = python("examples/quadratic.py")
+    assert float(output.split()[-1]) < 1e-3
+
+
+def test_finetune_example(tmp_path):
+    output = python("examples/finetune.py", "--model", "tests/data/glass_en", "--text", str(PROSE), "--steps", "6",
+                    "--max-tokens", "64", "--output", str(tmp_path / "out"))  # fmt: skip
+    assert "loss" in output
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+
+
+def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
+    """From pretrained and from random weights; a few steps here, its defaults in the README."""
+    for start in ("pretrained", "random"):
+        output = python("examples/ea4llm.py", "--start", start, "--steps", "12", "--rows", "16")
+        before, after = (float(word) for word in output.splitlines()[-1].split() if word.replace(".", "").isdigit())
+        assert after < before, output
+
+
+def test_demo_run_file_is_valid_and_plans():
+    run = load_run(ROOT / "examples/spam/run.yaml")
+    assert len(list(timeline(run, run.training.steps))) > 1
+    tables = list(policy_tables(run))
+    assert len(tables) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["check", "examples/spam/run.yaml"], ["plan", "examples/spam/run.yaml"]]
+)
+def test_torch_is_not_imported_to_answer(arguments):
+    code = f"""
+import sys
+from hybrid_opt.cli import app
+try:
+    app({arguments!r})
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "transformers", "deepspeed", "datasets", "matplotlib"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    python("-c", code)
+
+
+def test_help_answers_fast():
+    """Three tries, because other tests may be running; the bound is twice what the README promises."""
+    times = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        python("-m", "hybrid_opt", "--help")
+        times.append(time.perf_counter() - begun)
+    assert min(times) < 2
+
+
+def test_schema_command_prints_json_schema():
+    for kind in ("run", "schedule"):
+        schema = json.loads(python("-m", "hybrid_opt", "schema", kind))
+        assert schema["type"] == "object"
+        assert schema["additionalProperties"] is False
+
+
+def test_wheel_carries_the_recipes_and_finds_them_by_name(tmp_path):
+    python("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), ".")
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert not (site / "schedules").exists()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import hybrid_opt, hybrid_opt.config as c; "
+        "assert hybrid_opt.__file__.startswith(sys.argv[1]); "
+        "print(*c.recipes()); print(c.load_schedule('ea4llm').estimators['es'].population_size)"
+    )
+    names, population = python("-c", code, str(site), cwd=tmp_path).splitlines()
+    assert names.split() == [path.stem for path in RECIPES]
+    assert population == "30"
+
+
+def test_ci_and_readme_agree():
+    readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci/run").read_text()
+    assert "make demo" in readme.split("## ")[0] + readme.split("## ")[1]
+    assert "make test" in readme.split("## ")[0] + readme.split("## ")[1]
+    assert "make test" in ci
+
+
+def test_vendored_data_is_attributed():
+    for folder in ("examples/spam", "tests/data"):
+        text = (ROOT / folder / "README.md").read_text()
+        assert "licence" in text.lower()
+    assert yaml.safe_load((ROOT / "examples/spam/run.yaml").read_text())["model"]["name"] == "smollm2-135m"
