@@ -36,9 +36,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+YAML_12_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+"""Tag, form and first characters of numbers such as 3e-5, which YAML 1.1 takes for texts."""
+_Loader.add_implicit_resolver(*YAML_12_FLOAT)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _explain(item: dict[str, Any]) -> str:
     key, given = str(item["loc"][-1]) if item["loc"] else "", item["input"]
     match item["type"]:
         case "extra_forbidden":
-            return f"unknown key{did_you_mean(key, _field_names())}"
+            return f"unknown key{did_you_mean(key, [name for name in _field_names() if name != key])}"
         case "missing":
             return "missing; this key is required"
         case "union_tag_invalid":

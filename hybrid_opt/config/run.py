@@ -155,7 +155,11 @@ class LocalEngine(Strict):
 
 def _path_or_inline(schema: dict[str, Any]) -> None:
     """A run file may name its schedule file; the loader puts the file's content there before validation."""
-    schema["properties"]["schedule"] = {"anyOf": [{"type": "string"}, schema["properties"]["schedule"]]}
+    inline = schema["properties"]["schedule"]
+    schema["properties"]["schedule"] = {
+        "description": inline.pop("description", ""),
+        "anyOf": [{"type": "string"}, inline],
+    }
 
 
 class RunFile(Strict):

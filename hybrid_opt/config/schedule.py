@@ -20,7 +20,6 @@ LearningRateScheduleName = Literal[
     "linear",
     "cosine",
     "cosine_with_restarts",
-    "polynomial",
     "inverse_sqrt",
 ]
 
@@ -175,7 +174,9 @@ class Rule(Strict):
 
     match: str | None = None
     """Regular expression searched for in the parameter's name."""
-    layers: str | None = None
+    layers: str | None = Field(
+        None, json_schema_extra={"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
+    )
     """Layer numbers instead of a regular expression: `20-29`, `7`, `first-2` or `last-4`."""
     use: tuple[str, ...] | Literal["frozen"]
     """Names of the estimators that may move the parameters, or `frozen`."""

@@ -38,14 +38,14 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
     """
     dtype = getattr(torch, config.dtype)
     logging.disable_progress_bar()
-    if config.config is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(Key((seed, "random weights")).seed())
+    with torch.random.fork_rng():
+        torch.manual_seed(Key((seed, "random weights")).seed())
+        if config.config is not None:
             model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
-        model = model.to(dtype)
-    else:
-        model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
-    return with_adapters(model, lora)
+            model = model.to(dtype)
+        else:
+            model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
+        return with_adapters(model, lora)
 
 
 def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:

@@ -12,6 +12,8 @@ from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.objectives import jsonl
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
+_CSV = {"keep_default_na": False, "na_values": [""]}  # "NA", "null" and "None" are words; only an empty cell is missing
+OPTIONS = {".txt": {"sample_by": "document"}, ".csv": _CSV, ".tsv": {"sep": "\t", **_CSV}}
 
 
 def load_splits(config: Data) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -56,13 +58,19 @@ def _read(path: Path, source: str, subset: str | None, split: str) -> datasets.D
             raise UserError(f"{source}: the file is empty")
         if path.suffix not in READERS:
             raise UserError(f"{source}: cannot tell the format by its ending; use one of {', '.join(READERS)}")
-        options = {".txt": {"sample_by": "document"}, ".tsv": {"sep": "\t"}}.get(path.suffix, {})
+        options = OPTIONS.get(path.suffix, {})
+        if path.suffix in (".jsonl", ".json"):  # datasets' reader would pass on bytes that are not UTF-8
+            with path.open(encoding="utf-8") as lines:
+                for _ in lines:
+                    pass
         if split != "train":
             raise UserError(f"{source}: a single file has only the split 'train', not {split!r}")
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
     if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.Dataset):
+            if split != "train":
+                raise UserError(f"{source}: a saved Dataset has only the split 'train', not {split!r}")
             return saved
         if split not in saved:
             raise UserError(

@@ -36,12 +36,17 @@ def encode_examples(rows: Dataset, config: Data, tokenizer: PreTrainedTokenizerB
     if config.text is not None:
         return _packed(rows, config, tokenizer)
     if config.messages is not None:
-        return [_chat(row[config.messages], i, config, tokenizer) for i, row in _rows(rows, config.messages)]
+        return [
+            _chat(row[config.messages], i, config, tokenizer)
+            for i, row in _rows(rows, config.messages, "data.messages")
+        ]
     completion = Template.parse(config.completion, "data.completion")
     completion.check(rows.column_names)
     ends = [tokenizer.eos_token_id] if config.append_eos and tokenizer.eos_token_id is not None else []
     texts = [completion.render(completion.values(row, i)) for i, row in enumerate(rows)]
     completions = [tokens + ends for tokens in tokenize(texts, tokenizer, special_tokens=False)]
+    for i in (i for i, tokens in enumerate(completions) if not tokens):
+        raise UserError(f"data.completion: row {i} gives an empty completion; there is nothing to learn")
     prompts = encode_prompts(rows, config, tokenizer, [config.max_tokens - len(tokens) for tokens in completions])
     return [Example(*pair) for pair in zip(prompts, completions, strict=True)]
 
@@ -86,8 +91,8 @@ def _shortened(
     return tokens
 
 
-def _rows(rows: Dataset, column: str) -> Iterable[tuple[int, dict[str, Any]]]:
-    Template("data.messages", (("", column),)).check(rows.column_names)
+def _rows(rows: Dataset, column: str, key: str) -> Iterable[tuple[int, dict[str, Any]]]:
+    Template(key, (("", column),)).check(rows.column_names)
     return enumerate(rows)
 
 
@@ -114,7 +119,7 @@ def _chat(messages: Any, row: int, config: Data, tokenizer: PreTrainedTokenizerB
 
 def _packed(rows: Dataset, config: Data, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Texts one after another, cut into blocks of exactly max_tokens; the rest at the end is left out."""
-    texts = [row[config.text] or "" for _, row in _rows(rows, config.text)]
+    texts = [row[config.text] or "" for _, row in _rows(rows, config.text, "data.text")]
     ends = [tokenizer.eos_token_id] if config.append_eos and tokenizer.eos_token_id is not None else []
     stream = [token for tokens in tokenize(texts, tokenizer, special_tokens=False) for token in (*tokens, *ends)]
     blocks = [stream[i : i + config.max_tokens] for i in range(0, len(stream), config.max_tokens)]

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from hybrid_opt.config.loading import YAML_12_FLOAT
 from hybrid_opt.errors import UserError
 
 CONTENTS = (
@@ -31,6 +32,13 @@ CONTENTS = (
     "model",
     "adapter",
 )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts such as 12e45, which the loader of run files would otherwise read as numbers."""
+
+
+_Dumper.add_implicit_resolver(*YAML_12_FLOAT)
 
 
 class RunFolder:
@@ -86,7 +94,7 @@ class RunFolder:
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""
         (self.path / "run.yaml").write_text(
-            yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
 
     def write_summary(self, summary: dict[str, Any]) -> None:
