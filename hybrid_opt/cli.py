@@ -113,6 +113,10 @@ def _quiet() -> None:
     """Libraries' own chatter would tear the progress display; what they warn of is reported here in our words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+
+    if not torch.cuda.is_available():  # otherwise DeepSpeed, which transformers imports to save a model, warns of it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def main() -> None:
