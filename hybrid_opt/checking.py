@@ -48,12 +48,17 @@ def _columns(path: Path, key: str) -> list[str] | None:
         return None
     if not path.is_file():
         raise UserError(f"{key}: {path}: no such file")
-    if path.suffix == ".jsonl":
-        return jsonl.columns(path)
     if path.suffix == ".txt":
         return ["text"]
-    with path.open(encoding="utf-8", newline="") as file:
-        return next(csv.reader(file), [])
+    try:
+        if path.suffix == ".jsonl":
+            return jsonl.columns(path)
+        with path.open(encoding="utf-8", newline="") as file:
+            return next(csv.reader(file), [])
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{key}: {path}: cannot be read: {error}") from None
 
 
 def policy_tables(run: RunFile) -> Iterator[Table]:

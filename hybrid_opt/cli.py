@@ -43,17 +43,19 @@ def train(
 ) -> None:
     """Train a model as a run file says."""
     if resume and overwrite:
-        raise UserError("--resume goes on with a run, --overwrite replaces it; give one of them")
+        raise UserError("command line: --resume goes on with a run, --overwrite replaces it; give one of them")
     config = _load(run, overrides, schedule)
     _quiet()
     from rich.console import Console
 
+    from hybrid_opt.config import located
     from hybrid_opt.training.build import build
     from hybrid_opt.training.progress import ProgressBar, summary_table
 
     console = Console()
-    trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
-    summary = trainer.train()
+    with located(config):
+        trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
+        summary = trainer.train()
     console.print(summary_table(summary))
     if summary.finished:
         output = Path(config.output)
@@ -65,13 +67,16 @@ def train(
 def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
     from hybrid_opt.checking import check_data, policy_tables
+    from hybrid_opt.config import located
 
     config = _load(run, overrides, schedule)
-    check_data(config.data)
+    with located(config):
+        check_data(config.data)
+        tables = list(policy_tables(config))
     from rich.console import Console
 
     console = Console()
-    for table in policy_tables(config):
+    for table in tables:
         console.print(table)
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)
 

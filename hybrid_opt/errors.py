@@ -10,5 +10,5 @@ class UserError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the nearest known word, or nothing if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word, sorted(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -3,8 +3,8 @@
 Reading order: `strict.py`, `schedule.py`, `run.py`, `loading.py`.
 """
 
-from hybrid_opt.config.loading import load_run, load_schedule, recipes
+from hybrid_opt.config.loading import load_run, load_schedule, located, recipes
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 
-__all__ = ["RunFile", "ScheduleFile", "load_run", "load_schedule", "recipes"]
+__all__ = ["RunFile", "ScheduleFile", "load_run", "load_schedule", "located", "recipes"]

@@ -5,6 +5,8 @@ override is checked exactly as if it stood in the file. Next: `../training/build
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -63,7 +65,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _yaml_problem(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"{where}{getattr(error, 'problem', None) or error}"
+    return f"{where}{getattr(error, 'problem', None) or str(error).splitlines()[0]}"
 
 
 def _kind(value: Any) -> str:
@@ -135,7 +137,10 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sche
     changes = [(keys, value) for keys, value in changes if keys != ["schedule"]]
     schedule_path = None
     if isinstance(chosen, str):
-        schedule_path = find_schedule(chosen, path.parent)
+        try:
+            schedule_path = find_schedule(chosen, path.parent)
+        except UserError as error:
+            raise UserError(f"{path if chosen == document.get('schedule') else 'command line'}: {error}") from None
         chosen = read_yaml(schedule_path)
     if chosen is not None:
         document["schedule"] = chosen
@@ -144,13 +149,32 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sche
     _find_files(document, path.parent)
 
     def source(loc: list[str]) -> tuple[str, list[str]]:
+        whole = loc
         if any(loc[: len(keys)] == keys for keys, _ in changes):
             return "command line", loc
-        if schedule_path and loc[:1] == ["schedule"]:
-            return str(schedule_path), loc[1:]
-        return str(path), loc
+        file, loc = (str(schedule_path), loc[1:]) if schedule_path and loc[:1] == ["schedule"] else (str(path), loc)
+        # What is wrong with a whole section may come from either.
+        changed = any(whole and keys[: len(whole)] == whole for keys, _ in changes)
+        return f"{file} or command line" if changed else file, loc
 
-    return _validate(RunFile, document, source)
+    run = _validate(RunFile, document, source)
+    run._source = source
+    return run
+
+
+@contextmanager
+def located(run: RunFile) -> Iterator[None]:
+    """A UserError whose message begins with a key gets the file in front that says it, like an error in validation."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, rest = str(error).partition(": ")
+        keys = key.split(".")
+        keys = ["schedule", *keys] if keys[0] in ScheduleFile.model_fields else keys
+        if not colon or keys[0] not in RunFile.model_fields or run._source is None:
+            raise
+        file, keys = run._source(keys)
+        raise UserError(f"{file}: {'.'.join(keys)}: {rest}") from None
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -198,11 +222,13 @@ def _validate(model: type[Config], document: dict[str, Any], source) -> Config:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        lines = []
+        problems: dict[str, list[str]] = {}  # a value that may be of several kinds has a problem with each
         for item in error.errors():
             file, loc = source(_document_keys(item["loc"], document))
-            lines.append(f"{file}: {'.'.join(loc) + ': ' if loc else ''}{_explain(item)}")
-        raise UserError("\n".join(dict.fromkeys(lines))) from None
+            problems.setdefault(f"{file}: {'.'.join(loc) + ': ' if loc else ''}", []).append(_explain(item))
+        raise UserError(
+            "\n".join(where + ", or ".join(dict.fromkeys(what)) for where, what in problems.items())
+        ) from None
 
 
 def _document_keys(loc: tuple[Any, ...], document: Any) -> list[str]:
@@ -227,7 +253,9 @@ def _explain(item: dict[str, Any]) -> str:
     key, given = str(item["loc"][-1]) if item["loc"] else "", item["input"]
     match item["type"]:
         case "extra_forbidden":
-            return f"unknown key{did_you_mean(key, [name for name in _field_names() if name != key])}"
+            if homes := [f"{s}.{key}" for s, f in RunFile.model_fields.items() if key in _keys_of(f.annotation)]:
+                return f"unknown key here; it belongs in {homes[0]}"
+            return f"unknown key{did_you_mean(key, _field_names() - {key})}"
         case "missing":
             return "missing; this key is required"
         case "union_tag_invalid":
@@ -235,6 +263,11 @@ def _explain(item: dict[str, Any]) -> str:
             return f"type is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
         case "union_tag_not_found":
             return f"expected keys with a type among {_tags(item)}, got {_shown(given)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            typed = ", one of them type" if item["type"] == "model_attributes_type" else ""
+            return f"expected keys and values{typed}, got {_shown(given)}"
+        case "tuple_type":
+            return f"expected a list, got {_shown(given)}"
         case "value_error":
             return item["msg"].removeprefix("Value error, ")
         case _:
@@ -250,9 +283,13 @@ def _tags(item: dict[str, Any]) -> str:
     return item["ctx"].get("expected_tags", "those that `hybrid-opt schema` lists")
 
 
-def _field_names() -> list[str]:
+def _keys_of(kind: Any) -> dict[str, Any]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _field_names() -> set[str]:
     modules = (run_models, schedule_models)
     models = [
         m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
     ]
-    return sorted({field for model in models for field in model.model_fields})
+    return {field for model in models for field in model.model_fields}

@@ -4,12 +4,13 @@ One idea: everything that decides the outcome of a run is in this one frozen obj
 the run folder. Next: `loading.py`, which makes it from YAML files and command-line overrides.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from hybrid_opt.config.schedule import Backprop, ScheduleFile
-from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict
+from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
 
 
 class Model(Strict):
@@ -57,13 +58,13 @@ class Lora(Strict):
 class Data(Strict):
     """Where examples come from and how a row becomes tokens."""
 
-    train: str
+    train: Text
     """A file (.jsonl, .json, .csv, .parquet, .txt), a folder saved with `save_to_disk`, or a hub id."""
     subset: str | None = None
     """Name of the hub dataset's configuration."""
     split: str = "train"
     """Split of `train` to train on."""
-    validation: str | Fraction | None = None
+    validation: Text | Fraction | None = None
     """Held-out rows: a file, the name of a split of `train`, or a fraction of the training rows to set aside."""
     prompt: str | None = None
     """Template over the columns; its tokens are not part of the loss."""
@@ -111,10 +112,17 @@ class Function(Strict):
     """A function of your own: `losses(model, batch) -> Tensor (examples,)`."""
 
     type: Literal["function"]
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    function: str
     """`module:function`, importable from the folder in which the command runs."""
     differentiable: bool = True
     """False: only estimators that need no gradient may act."""
+
+    @field_validator("function")
+    @classmethod
+    def _names_a_function(cls, path):
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
+            raise ValueError(f"{path!r} is not of the form module:function, such as losses:my_losses")
+        return path
 
 
 Objective = Annotated[CausalLm | Choice | Function, Field(discriminator="type")]
@@ -181,8 +189,9 @@ class RunFile(Strict):
     """Where the weights live."""
     schedule: ScheduleFile
     """A path, a shipped recipe's name, or a schedule file's content."""
-    output: str
+    output: Text
     """Folder of the run: metrics, checkpoints, model, picture."""
+    _source: Any = PrivateAttr(None)  # of a key: the file, or the command line; for messages
 
     @model_validator(mode="after")
     def _objective_suits_data(self):

@@ -196,6 +196,10 @@ class Rule(Strict):
         layers = str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
         if isinstance(layers, str) and not re.fullmatch(r"\d+(-\d+)?|(first|last)-[1-9]\d*", layers):
             raise ValueError(f"{layers!r} names no layers; write a number, a range such as 20-29, first-2 or last-4")
+        if isinstance(layers, str) and layers[0].isdigit():
+            first, _, last = layers.partition("-")
+            if last and int(last) < int(first):
+                raise ValueError(f"{layers!r} ends before it begins; write {last}-{first}")
         return layers
 
     @model_validator(mode="after")

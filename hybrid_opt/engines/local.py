@@ -141,7 +141,7 @@ def _optimizer(backprop: Backprop | None, masters: list[Tensor]) -> torch.optim.
         return getattr(torch.optim, backprop.optimizer)(
             masters, lr=backprop.learning_rate, **backprop.optimizer_arguments
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"optimizer_arguments: torch.optim.{backprop.optimizer} does not take "
             f"{backprop.optimizer_arguments}: {error}"

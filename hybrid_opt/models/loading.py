@@ -5,6 +5,7 @@ One idea: an alias is only a way to get a local folder; after that there is one 
 
 import importlib.metadata
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from hybrid_opt.config.run import Lora, Model
@@ -70,17 +73,19 @@ def architecture(config: Model) -> PretrainedConfig:
     kind = settings.pop("model_type")
     try:
         known = AutoConfig.for_model(kind).to_dict()
-    except ValueError as error:
+    except ValueError:
         raise UserError(
-            f"model.config.model_type: transformers has no {kind!r}: {str(error).splitlines()[0]}"
+            f"model.config.model_type: transformers has no {kind!r}{did_you_mean(kind, CONFIG_MAPPING)}"
         ) from None
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"model.config.model_type: {kind} is not a causal language model in transformers")
     for key in settings:
         if key not in known:
             raise UserError(f"model.config.{key}: {kind} has no such setting{did_you_mean(key, known)}")
     try:
         return AutoConfig.for_model(kind, **settings)
     except Exception as error:  # transformers raises many kinds here, depending on the field
-        raise UserError(f"model.config: {str(error).strip()}") from None
+        raise UserError(f"model.config: {' '.join(str(error).split())}") from None
 
 
 def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
@@ -98,18 +103,22 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
         settings["target_modules"] = list(lora.target_modules)
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    except ValueError as error:
-        raise UserError(f"peft: {error}") from None
+    except (ValueError, re.error) as error:
+        raise UserError(f"peft.target_modules: {error}") from None
 
 
 def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
     place = _alias_folder(name) if name in ALIASES else name
+    if key == "model.name" and Path(place).is_dir() and not (Path(place) / "config.json").exists():
+        raise UserError(f"model.name: {name!r} is a folder without config.json, so it holds no transformers model")
     try:
         return auto_class.from_pretrained(
             place, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers, tokenizers and safetensors raise many kinds here
         problem = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "ignore_mismatched_sizes" in problem:
+            problem = "its weights are not of the shapes that its config.json asks for"
         raise UserError(
             f"{key}: {name!r} cannot be loaded: {problem} (write an alias ({', '.join(ALIASES)}), a local folder, "
             f"or a Hugging Face hub id){did_you_mean(name, ALIASES)}"

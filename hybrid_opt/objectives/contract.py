@@ -64,11 +64,15 @@ def import_function(path: str) -> Callable:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        return getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise UserError(f"objective.function: cannot import {module_name!r}: {error}") from None
-    except AttributeError:
-        raise UserError(f"objective.function: module {module_name!r} has no {name!r}") from None
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's own module raises
+        problem = str(error) if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {error}"
+        raise UserError(f"objective.function: cannot import {module_name!r}: {problem}") from error
+    if not hasattr(module, name):
+        raise UserError(f"objective.function: module {module_name!r} has no {name!r}")
+    if not callable(function := getattr(module, name)):
+        raise UserError(f"objective.function: {path} is not a function but {function!r}")
+    return function
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:

@@ -39,13 +39,19 @@ def _load(source: str, subset: str | None, split: str, key: str) -> datasets.Dat
     if path.suffix in READERS and not path.exists():
         raise UserError(f"{key}: {source}: no such file")
     datasets.disable_progress_bars()  # they would tear the run's own progress display
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said here, once
     try:
         rows = _read(path, source, subset, split)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if path.suffix == ".jsonl":
-            jsonl.columns(path)  # raises with the broken line's number
+            try:
+                jsonl.columns(path)  # raises with the broken line's number
+            except UserError as found:
+                raise UserError(f"{key}: {found}") from None
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{key}: {source}: the file holds no rows") from None
         raise UserError(f"{key}: {source}: {_first_line(error)}{_known_splits(error, split)}") from None
     if len(rows) == 0:
         raise UserError(f"{key}: {source}: the split {split!r} holds no rows")

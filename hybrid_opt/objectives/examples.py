@@ -100,12 +100,16 @@ def _chat(messages: Any, row: int, config: Data, tokenizer: PreTrainedTokenizerB
     """The last message is the completion, with the end-of-turn token that the chat template gives it."""
     if tokenizer.chat_template is None:
         raise UserError("data.messages: the tokenizer has no chat template; use prompt and completion")
-    if not isinstance(messages, list) or len(messages) < 2 or messages[-1].get("role") != "assistant":
+    chat = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not chat or len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(
             f"data.messages: row {row}: expected a list of {{role, content}} that ends with the assistant's answer"
         )
-    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program, and refuses messages in its own way
+        raise UserError(f"data.messages: row {row}: the chat template refuses it: {error}") from None
     if not whole.startswith(before):
         raise UserError(f"data.messages: row {row}: the chat template changes earlier messages when an answer is added")
     prompt, completion = tokenize([before, whole[len(before) :]], tokenizer, special_tokens=False)
@@ -120,6 +124,8 @@ def _chat(messages: Any, row: int, config: Data, tokenizer: PreTrainedTokenizerB
 def _packed(rows: Dataset, config: Data, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Texts one after another, cut into blocks of exactly max_tokens; the rest at the end is left out."""
     texts = [row[config.text] or "" for _, row in _rows(rows, config.text, "data.text")]
+    for i in (i for i, text in enumerate(texts) if not isinstance(text, str)):
+        raise UserError(f"data.text: row {i}: expected a text in column {config.text!r}, found {texts[i]!r}")
     ends = [tokenizer.eos_token_id] if config.append_eos and tokenizer.eos_token_id is not None else []
     stream = [token for tokens in tokenize(texts, tokenizer, special_tokens=False) for token in (*tokens, *ends)]
     blocks = [stream[i : i + config.max_tokens] for i in range(0, len(stream), config.max_tokens)]

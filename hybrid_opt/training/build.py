@@ -4,6 +4,7 @@ One idea: what is cheap to find wrong is found first, and nothing is written bef
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
@@ -46,13 +47,15 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     """
     folder = RunFolder(run.output)
     folder.check(overwrite=overwrite, resume=resume)
+    if overwrite:
+        _refuse_to_lose_the_model(run)
     if resume:
         refuse_changes(folder.read_config(), run)
     rows, held_out_rows = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
     objective, data = _objective(run, tokenizer)
-    examples = data.encode(rows)
-    held_out = data.encode(held_out_rows) if held_out_rows is not None else []
+    examples = _encode(data, rows, run.data.train)
+    held_out = _encode(data, held_out_rows, run.data.validation) if held_out_rows is not None else []
     if isinstance(run.data.validation, float):
         examples, held_out = hold_out(
             examples, run.data.validation, run.training.seed, at_end=run.data.text is not None
@@ -60,8 +63,10 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     along = _spread(validation, training.evaluation_rows or len(validation))
+    model = load_model(run.model, run.peft, training.seed)
+    _refuse_what_does_not_fit(model, [*examples, *held_out])
     return Trainer(
-        load_model(run.model, run.peft, training.seed),
+        model,
         objective,
         ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
         schedule=run.schedule,
@@ -82,6 +87,37 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     )
 
 
+def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:
+    try:
+        return data.encode(rows)
+    except UserError as error:
+        raise UserError(f"{error} (in {source})") from None
+    except UnicodeDecodeError as error:  # rows are decoded when they are looked at
+        raise UserError(f"data: {source} is not UTF-8: {error}") from None
+
+
+def _refuse_to_lose_the_model(run: RunFile) -> None:
+    for key, name in (("model.name", run.model.name), ("model.tokenizer", run.model.tokenizer)):
+        if name and Path(name).exists() and Path(name).resolve().is_relative_to(Path(run.output).resolve()):
+            raise UserError(f"{key}: {name!r} lies in the output folder, which --overwrite would empty; choose another")
+
+
+def _refuse_what_does_not_fit(model, examples: Sequence[Any]) -> None:
+    """Token ids and lengths beyond the model's tables would end in an index error at some later step."""
+    rows = [[*example.prompt, *getattr(example, "completion", ())] for example in examples]
+    table, longest = model.get_input_embeddings().num_embeddings, max(map(len, rows))
+    if (highest := max(map(max, rows))) >= table:
+        raise UserError(
+            f"model.config.vocab_size: the tokenizer gives token {highest}, but the model knows {table}; raise vocab_size, or "
+            "use the tokenizer that belongs to the model"
+        )
+    if longest > (positions := getattr(model.config, "max_position_embeddings", None) or longest):
+        raise UserError(
+            f"data.max_tokens: an example has {longest} tokens, but the model has only {positions} positions; write "
+            f"{positions} or fewer"
+        )
+
+
 def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
     """A resumed run must be the run that was interrupted, but for its length and how often it looks around.
 
@@ -100,7 +136,7 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and key not in free:
             raise UserError(
-                f"{run.output}: cannot resume, because {key} was {before.get(key)!r} and is now {after.get(key)!r}; "
+                f"output: {run.output}: cannot resume, because {key} was {before.get(key)!r} and is now {after.get(key)!r}; "
                 "change it back, or start anew with --overwrite"
             )
 

@@ -86,9 +86,15 @@ class HybridOptimizer:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.policies = resolve_policies(self.config, names)
         self._refuse_missing_gradient()
-        self.engine = LocalEngine(
-            model, *self._optimizer_of(), device=engine.device, master_weights=engine.master_weights
-        )
+        backprop, owned = self._optimizer_of()
+        try:
+            self.engine = LocalEngine(
+                model, backprop, owned, device=engine.device, master_weights=engine.master_weights
+            )
+        except UserError as error:
+            name = next((name for name, c in self.config.estimators.items() if c is backprop), None)
+            inside = name is not None and str(error).startswith("optimizer_arguments")
+            raise UserError(f"estimators.{name}.{error}" if inside else f"{error}") from None
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)

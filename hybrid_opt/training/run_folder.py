@@ -62,7 +62,7 @@ class RunFolder:
         """
         if resume and not any(self.checkpoints.glob("step-*")):
             hint = " (its run has finished)" if self.summary.exists() else ""
-            raise UserError(f"{self.path}: there is no checkpoint to resume from{hint}; start anew with --overwrite")
+            raise UserError(f"output: {self.path} has no checkpoint to resume from{hint}; start anew with --overwrite")
         present = [] if not self.path.is_dir() else [entry.name for entry in self.path.iterdir()]
         foreign = sorted(set(present) - set(CONTENTS))
         if foreign and not resume:

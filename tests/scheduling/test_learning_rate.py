@@ -40,7 +40,6 @@ FORMULAS = {
     "constant_with_warmup": lambda s, w: 1.0,
     "linear": lambda s, w: (STEPS - s) / (STEPS - w),
     "cosine": lambda s, w: 0.5 * (1 + math.cos(math.pi * (s - w) / (STEPS - w))),
-    "polynomial": lambda s, w: (1 - (s - w) / (STEPS - w)) * (1 - 1e-7 / PEAK) + 1e-7 / PEAK,
 }
 
 
@@ -61,12 +60,3 @@ def test_a_rate_depends_on_the_step_alone():
     at = learning_rate_at(config, STEPS)
     assert [at(step) for step in (9, 2, 19, 9)] == [rates("cosine", 3)[step] for step in (9, 2, 19, 9)]
     assert type(at(5)) is float
-
-
-@pytest.mark.parametrize("peak", [1e-7, 1e-9])
-def test_a_tiny_peak_decays_like_any_other(peak):
-    """transformers' polynomial schedule ends at 1e-7 and refuses peaks below."""
-    config = Backprop(type="backprop", learning_rate=peak, learning_rate_schedule="polynomial")
-    at = learning_rate_at(config, STEPS)
-    assert at(0) == pytest.approx(peak)
-    assert 0 <= at(STEPS - 1) < peak
