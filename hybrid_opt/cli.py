@@ -44,7 +44,7 @@ def train(
     """Train a model as a run file says."""
     if resume and overwrite:
         raise UserError("command line: --resume goes on with a run, --overwrite replaces it; give one of them")
-    config = _load(run, overrides, schedule)
+    config, source = _load(run, overrides, schedule)
     _quiet()
     from rich.console import Console
 
@@ -53,7 +53,7 @@ def train(
     from hybrid_opt.training.progress import ProgressBar, summary_table
 
     console = Console()
-    with located(config):
+    with located(source):
         trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
         summary = trainer.train()
     console.print(summary_table(summary))
@@ -69,8 +69,8 @@ def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = No
     from hybrid_opt.checking import check_data, policy_tables
     from hybrid_opt.config import located
 
-    config = _load(run, overrides, schedule)
-    with located(config):
+    config, source = _load(run, overrides, schedule)
+    with located(source):
         check_data(config.data)
         tables = list(policy_tables(config))
     from rich.console import Console
@@ -93,7 +93,7 @@ def plan(
 
     from hybrid_opt.checking import timeline
 
-    config = _load(run, overrides, schedule)
+    config, _ = _load(run, overrides, schedule)
     for line in timeline(config, steps or config.training.steps):
         Console().print(line, highlight=False)
 
@@ -109,9 +109,9 @@ def schema(
 
 
 def _load(run: Path, overrides: list[str] | None, schedule: str | None):
-    from hybrid_opt.config import load_run
+    from hybrid_opt.config import load_run_and_source
 
-    return load_run(run, overrides or (), schedule)
+    return load_run_and_source(run, overrides or (), schedule)
 
 
 def _quiet() -> None:

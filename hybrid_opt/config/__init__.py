@@ -1,10 +1,11 @@
 """Configuration: what run files and schedule files may say. Imports no torch, so `--help` and `check` answer at once.
 
-Reading order: `strict.py`, `schedule.py`, `run.py`, `loading.py`.
+Reading order: `strict.py`, `schedule.py`, `run.py`, `loading.py`, `explaining.py`.
 """
 
-from hybrid_opt.config.loading import load_run, load_schedule, located, recipes
+from hybrid_opt.config.explaining import located
+from hybrid_opt.config.loading import load_run, load_run_and_source, load_schedule, recipes
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 
-__all__ = ["RunFile", "ScheduleFile", "load_run", "load_schedule", "located", "recipes"]
+__all__ = ["RunFile", "ScheduleFile", "load_run", "load_run_and_source", "load_schedule", "located", "recipes"]

@@ -1,26 +1,20 @@
 """From YAML files and `section.field=value` arguments to a validated configuration, with errors that say where.
 
 One idea: files are read into plain dictionaries, put together, overridden, and only then validated, so that an
-override is checked exactly as if it stood in the file. Next: `../training/build.py`, which builds what was configured.
+override is checked exactly as if it stood in the file. Next: `explaining.py`, then `../training/build.py`.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
-from hybrid_opt.config import run as run_models
-from hybrid_opt.config import schedule as schedule_models
+from hybrid_opt.config.explaining import Source, validate
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError, did_you_mean
-
-Config = TypeVar("Config", bound=BaseModel)
-
 
 # ---------------------------------------------------------------- YAML
 
@@ -29,8 +23,9 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses a key written twice and reads `3e-5` as a number, as YAML 1.2 does."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value, strict=True):
+        written = [node for node, _ in node.value if node.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in written]
+        for key, key_node in zip(keys, written, strict=True):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is written twice", key_node.start_mark
@@ -114,12 +109,12 @@ def load_schedule(source: str | Path | dict[str, Any] | ScheduleFile) -> Schedul
     if isinstance(source, ScheduleFile):
         return source
     if isinstance(source, dict):
-        return _validate(ScheduleFile, source, lambda loc: ("schedule", loc))
+        return validate(ScheduleFile, source, lambda loc: ("schedule", loc))
     path = find_schedule(str(source))
-    return _validate(ScheduleFile, read_yaml(path), lambda loc: (str(path), loc))
+    return validate(ScheduleFile, read_yaml(path), lambda loc: (str(path), loc))
 
 
-def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schedule: str | None = None) -> RunFile:
+def load_run(path: str | Path, overrides: Sequence[str] = (), schedule: str | None = None) -> RunFile:
     """A run file with its schedule file in place and overrides applied.
 
     Args:
@@ -130,6 +125,11 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sche
     Raises:
         UserError: naming the file and the key, or the argument, that is wrong.
     """
+    return load_run_and_source(path, overrides, schedule)[0]
+
+
+def load_run_and_source(path: str | Path, overrides: Sequence[str], schedule: str | None) -> tuple[RunFile, Source]:
+    """What `load_run` gives, and where each key of it was written, for messages about what is found wrong later."""
     path = Path(path)
     document = read_yaml(path)
     changes = [_parse_override(text) for text in overrides]
@@ -157,24 +157,7 @@ def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = (), sche
         changed = any(whole and keys[: len(whole)] == whole for keys, _ in changes)
         return f"{file} or command line" if changed else file, loc
 
-    run = _validate(RunFile, document, source)
-    run._source = source
-    return run
-
-
-@contextmanager
-def located(run: RunFile) -> Iterator[None]:
-    """A UserError whose message begins with a key gets the file in front that says it, like an error in validation."""
-    try:
-        yield
-    except UserError as error:
-        key, colon, rest = str(error).partition(": ")
-        keys = key.split(".")
-        keys = ["schedule", *keys] if keys[0] in ScheduleFile.model_fields else keys
-        if not colon or keys[0] not in RunFile.model_fields or run._source is None:
-            raise
-        file, keys = run._source(keys)
-        raise UserError(f"{file}: {'.'.join(keys)}: {rest}") from None
+    return validate(RunFile, document, source), source
 
 
 def _parse_override(text: str) -> tuple[list[str], Any]:
@@ -210,86 +193,6 @@ def _find_files(document: dict[str, Any], folder: Path) -> None:
     """Names of existing files beside the run file become paths from here."""
     for section, key in (("data", "train"), ("data", "validation"), ("model", "name"), ("model", "tokenizer")):
         values = document.get(section)
-        if isinstance(values, dict) and isinstance(name := values.get(key), str):
-            if not Path(name).exists() and (folder / name).exists():
-                values[key] = str(folder / name)
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _validate(model: type[Config], document: dict[str, Any], source) -> Config:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        problems: dict[str, list[str]] = {}  # a value that may be of several kinds has a problem with each
-        for item in error.errors():
-            file, loc = source(_document_keys(item["loc"], document))
-            problems.setdefault(f"{file}: {'.'.join(loc) + ': ' if loc else ''}", []).append(_explain(item))
-        raise UserError(
-            "\n".join(where + ", or ".join(dict.fromkeys(what)) for where, what in problems.items())
-        ) from None
-
-
-def _document_keys(loc: tuple[Any, ...], document: Any) -> list[str]:
-    """The keys a user wrote: pydantic's location without the tags and type names that it puts between them."""
-    keys, place = [], document
-    for i, part in enumerate(loc):
-        if (isinstance(place, dict) and part in place) or (
-            isinstance(place, list) and isinstance(part, int) and part < len(place)
-        ):
-            place = place[part]
-        elif i < len(loc) - 1 or not isinstance(part, str) or not re.fullmatch(r"[a-z_]\w*", part):
-            continue  # a union's tag or type, such as 'es' or 'constrained-str'
-        elif isinstance(place, dict) and part != place.get("type"):
-            pass  # a missing key
-        else:
-            continue
-        keys.append(str(part))
-    return keys
-
-
-def _explain(item: dict[str, Any]) -> str:
-    key, given = str(item["loc"][-1]) if item["loc"] else "", item["input"]
-    match item["type"]:
-        case "extra_forbidden":
-            if homes := [f"{s}.{key}" for s, f in RunFile.model_fields.items() if key in _keys_of(f.annotation)]:
-                return f"unknown key here; it belongs in {homes[0]}"
-            return f"unknown key{did_you_mean(key, _field_names() - {key})}"
-        case "missing":
-            return "missing; this key is required"
-        case "union_tag_invalid":
-            tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
-            return f"type is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
-        case "union_tag_not_found":
-            return f"expected keys with a type among {_tags(item)}, got {_shown(given)}"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            typed = ", one of them type" if item["type"] == "model_attributes_type" else ""
-            return f"expected keys and values{typed}, got {_shown(given)}"
-        case "tuple_type":
-            return f"expected a list, got {_shown(given)}"
-        case "value_error":
-            return item["msg"].removeprefix("Value error, ")
-        case _:
-            return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(given)}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _tags(item: dict[str, Any]) -> str:
-    return item["ctx"].get("expected_tags", "those that `hybrid-opt schema` lists")
-
-
-def _keys_of(kind: Any) -> dict[str, Any]:
-    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
-
-
-def _field_names() -> set[str]:
-    modules = (run_models, schedule_models)
-    models = [
-        m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
-    ]
-    return {field for model in models for field in model.model_fields}
+        name = values.get(key) if isinstance(values, dict) else None
+        if isinstance(name, str) and not Path(name).exists() and (folder / name).exists():
+            values[key] = str(folder / name)

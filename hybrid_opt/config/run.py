@@ -7,7 +7,7 @@ the run folder. Next: `loading.py`, which makes it from YAML files and command-l
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.schedule import Backprop, ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
@@ -191,7 +191,6 @@ class RunFile(Strict):
     """A path, a shipped recipe's name, or a schedule file's content."""
     output: Text
     """Folder of the run: metrics, checkpoints, model, picture."""
-    _source: Any = PrivateAttr(None)  # of a key: the file, or the command line; for messages
 
     @model_validator(mode="after")
     def _objective_suits_data(self):

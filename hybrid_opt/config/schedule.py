@@ -320,11 +320,11 @@ class ScheduleFile(Strict):
     @model_validator(mode="after")
     def _names_are_defined(self):
         for name in acting_names(self.schedule):
-            self._known(name, "schedule")
+            self._known(name, "the schedule")
         phases = self.schedule.phases if isinstance(self.schedule, Phases) else ()
         for where, rules in [
-            ("policy", self.policy),
-            *((f"phase {i}'s policy", p.policy) for i, p in enumerate(phases)),
+            ("the policy", self.policy),
+            *((f"the policy of phase {i}", p.policy) for i, p in enumerate(phases)),
         ]:
             for rule in rules or ():
                 for name in () if rule.use == "frozen" else rule.use:
@@ -342,6 +342,6 @@ class ScheduleFile(Strict):
         if name not in self.estimators:
             near = difflib.get_close_matches(name, self.estimators, n=1, cutoff=0)
             raise ValueError(
-                f"the {where} names the estimator {name!r}, which is not defined; defined: "
+                f"{where} names the estimator {name!r}, which is not defined; defined: "
                 f"{', '.join(self.estimators)} (did you mean {near[0]!r}?)"
             )

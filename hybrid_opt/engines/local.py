@@ -121,9 +121,9 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.ones(1, device=device).item()
         return device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"engine.device: {name!r} cannot be used: {problem}; write auto or cpu") from None
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 15  # Elements computed at a time: intermediates of this size stay in the processor's cache.
+BLOCK = (
+    1 << 18
+)  # Elements computed at a time: few enough to stay in cache, enough for each operation to be worth its call.
 INDEX_BITS = 31  # An index's higher bits enter through the key, so tensors may have more than 2^31 elements.
 
 

@@ -96,7 +96,10 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
     """
     if lora is None:
         return model
-    import peft  # only who uses adapters waits for it
+    try:
+        import peft  # only who uses adapters needs it
+    except ImportError:
+        raise UserError("peft: the library peft is not installed; pip install 'hybrid-opt[peft]'") from None
 
     settings = lora.model_dump(exclude={"type"})
     if not isinstance(lora.target_modules, str):

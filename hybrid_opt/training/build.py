@@ -92,8 +92,6 @@ def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:
         return data.encode(rows)
     except UserError as error:
         raise UserError(f"{error} (in {source})") from None
-    except UnicodeDecodeError as error:  # rows are decoded when they are looked at
-        raise UserError(f"data: {source} is not UTF-8: {error}") from None
 
 
 def _refuse_to_lose_the_model(run: RunFile) -> None:

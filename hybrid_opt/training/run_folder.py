@@ -45,7 +45,7 @@ class RunFolder:
     """Paths and writers of a run folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"

@@ -366,7 +366,7 @@ REFUSED_SCHEDULES = {
     ),
     "unknown estimator in a phase's policy": (
         {"schedule": phases({"steps": 1}, {"policy": [{"match": "a", "use": ["b"]}]})},
-        "the phase 1's policy names the estimator 'b', which is not defined; defined: es, bp (did you mean 'bp'?)",
+        "the policy of phase 1 names the estimator 'b', which is not defined; defined: es, bp (did you mean 'bp'?)",
     ),
     "two optimizers": (
         {"estimators": {"es": ES, "one": BP, "two": BP}},
@@ -473,7 +473,7 @@ REFUSED_RUNS = {
     ),
     "no function": (
         {"objective": {"type": "function", "function": "losses"}},
-        "objective.function: string should match pattern '^[\\w.]+:\\w+$', got 'losses'",
+        "objective.function: 'losses' is not of the form module:function, such as losses:my_losses",
     ),
     "fraction of 1": ({"data": {**TEXT, "validation": 1.5}, "objective": {"type": "causal_lm"}}, None),
 }

@@ -127,7 +127,7 @@ def test_a_model_that_is_not_there_gets_a_suggestion(config, message):
 
 
 def test_adapters_that_fit_nothing_are_refused():
-    with pytest.raises(UserError, match=r"^peft: .*q_prj"):
+    with pytest.raises(UserError, match=r"^peft.target_modules: .*q_prj"):
         load_model(ADAPTED, Lora(target_modules=("q_prj",)), 0)
 
 

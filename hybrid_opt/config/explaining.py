@@ -1,0 +1,122 @@
+"""What is wrong with a configuration, in words for the person who wrote it. Next: `../training/build.py`.
+
+One idea: a message begins with the file and the key that say the wrong thing, however late it is found.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from hybrid_opt.config import run as run_models
+from hybrid_opt.config import schedule as schedule_models
+from hybrid_opt.config.run import RunFile
+from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.errors import UserError, did_you_mean
+
+Config = TypeVar("Config", bound=BaseModel)
+Source = Callable[[list[str]], tuple[str, list[str]]]
+"""From the keys on the way to a value: the file that says it (or `command line`), and the keys in that file."""
+
+
+@contextmanager
+def located(source: Source) -> Iterator[None]:
+    """A UserError whose message begins with a key gets the file in front that says it, like an error in validation."""
+    try:
+        yield
+    except UserError as error:
+        key, colon, rest = str(error).partition(": ")
+        keys = key.split(".")
+        keys = ["schedule", *keys] if keys[0] in ScheduleFile.model_fields else keys
+        if not colon or keys[0] not in RunFile.model_fields:
+            raise
+        file, keys = source(keys)
+        raise UserError(f"{file}: {'.'.join(keys)}: {rest}") from None
+
+
+def validate(model: type[Config], document: dict[str, Any], source: Source) -> Config:
+    """The model that a document describes.
+
+    Raises:
+        UserError: one line for each place that is wrong, with the file and the key in front.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems: dict[str, list[dict[str, Any]]] = {}
+        for item in error.errors():
+            file, loc = source(_document_keys(item["loc"], document))
+            problems.setdefault(f"{file}: {'.'.join(loc) + ': ' if loc else ''}", []).append(item)
+        raise UserError("\n".join(f"{where}{_explain_all(items)}" for where, items in problems.items())) from None
+
+
+def _explain_all(items: list[dict[str, Any]]) -> str:
+    """A value that may be of several kinds has a problem with each; those of other kinds than its own say nothing."""
+    own = [item for item in items if not item["type"].endswith(("_type", "literal_error"))]
+    return ", or ".join(dict.fromkeys(_explain(item) for item in own or items))
+
+
+def _document_keys(loc: tuple[Any, ...], document: Any) -> list[str]:
+    """The keys a user wrote: pydantic's location without the tags and type names that it puts between them."""
+    keys, place = [], document
+    for i, part in enumerate(loc):
+        if (isinstance(place, dict) and part in place) or (
+            isinstance(place, list) and isinstance(part, int) and part < len(place)
+        ):
+            place = place[part]
+        elif i < len(loc) - 1 or not isinstance(part, str) or not re.fullmatch(r"[a-z_]\w*", part):
+            continue  # a union's tag or type, such as 'es' or 'constrained-str'
+        elif isinstance(place, dict) and part != place.get("type"):
+            pass  # a missing key
+        else:
+            continue
+        keys.append(str(part))
+    return keys
+
+
+def _explain(item: dict[str, Any]) -> str:
+    key, given = str(item["loc"][-1]) if item["loc"] else "", item["input"]
+    match item["type"]:
+        case "extra_forbidden":
+            if homes := [f"{s}.{key}" for s, f in RunFile.model_fields.items() if key in _keys_of(f.annotation)]:
+                return f"unknown key here; it belongs in {homes[0]}"
+            return f"unknown key{did_you_mean(key, [name for name in _field_names() if name != key])}"
+        case "missing":
+            return "missing; this key is required"
+        case "union_tag_invalid":
+            tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+            return f"type is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
+        case "union_tag_not_found":
+            return f"expected keys with a type among {_tags(item)}, got {_shown(given)}"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            typed = ", one of them type" if item["type"] == "model_attributes_type" else ""
+            return f"expected keys and values{typed}, got {_shown(given)}"
+        case "tuple_type":
+            return f"expected a list, got {_shown(given)}"
+        case "value_error":
+            return item["msg"].removeprefix("Value error, ")
+        case _:
+            return f"{item['msg'][0].lower()}{item['msg'][1:]}, got {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _tags(item: dict[str, Any]) -> str:
+    return item["ctx"].get("expected_tags", "those that `hybrid-opt schema` lists")
+
+
+def _keys_of(kind: Any) -> dict[str, Any]:
+    return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _field_names() -> list[str]:
+    modules = (run_models, schedule_models)
+    models = [
+        m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
+    ]
+    return sorted({field for model in models for field in model.model_fields})
