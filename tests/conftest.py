@@ -15,27 +15,26 @@ GLASS = ROOT / "tests/data/glass_en"
 PROSE = ROOT / "tests/data/pride_and_prejudice.txt"
 SPAM = ROOT / "examples/spam/spam_test.jsonl"
 
-TINY = {
-    "llama": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "gpt2": {
-        "n_embd": 32,
-        "n_layer": 2,
-        "n_head": 4,
-        "vocab_size": 64,
-        "n_positions": 32,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TINY = {
+    "llama": LLAMA_LIKE,
+    "mistral": {**LLAMA_LIKE, "head_dim": 8},
+    "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "gemma3_text": {**LLAMA_LIKE, "head_dim": 8, "pad_token_id": 0},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32, **SPECIAL},
+    "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
+            "word_embed_proj_dim": 32, "max_position_embeddings": 32, **SPECIAL},
+}  # fmt: skip
 
 
 def tiny_model(kind: str = "llama", **changes) -> torch.nn.Module:

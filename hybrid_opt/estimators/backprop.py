@@ -41,6 +41,14 @@ class BackpropEstimator:
     def __init__(self, config: Backprop):
         self.config = config
 
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """See `Estimator.check`."""
+        if self.config.gradient_checkpointing and not hasattr(engine.model, "gradient_checkpointing_enable"):
+            raise UserError(
+                f"schedule: gradient_checkpointing: {type(engine.model).__name__} has no gradient_checkpointing_enable "
+                "(Hugging Face models have); write gradient_checkpointing: false"
+            )
+
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
     ) -> tuple[Gradients, Cost]:
@@ -109,11 +117,6 @@ def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    if not hasattr(model, "gradient_checkpointing_enable"):
-        raise UserError(
-            f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable (Hugging Face models "
-            "have); write gradient_checkpointing: false"
-        )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
         yield

@@ -41,6 +41,10 @@ class Cost:
 class Estimator(Protocol):
     """Finds a descent direction at the current weights; never steps, and leaves the weights bitwise as they were."""
 
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """Raise UserError if it cannot estimate the gradient for these parameters of this model."""
+        ...
+
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
     ) -> tuple[Estimate, Cost]:

@@ -27,6 +27,9 @@ class DensePerturbation:
         self.noise = DISTRIBUTIONS[distribution]
         self.sigma = sigma
 
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """Every parameter of every module can be written."""
+
     def evaluate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]
     ) -> Tensor:

@@ -57,6 +57,10 @@ class EsEstimator:
                 config.perturbation.noise_rank, config.sigma, config.members_per_forward
             )
 
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """See `Estimator.check`."""
+        self.perturbation.check(engine, names)
+
     @torch.no_grad()
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.member_hooks import Factors, perturbed_members
+from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, refuse_unsupported
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import Objective, repeat
@@ -26,6 +26,10 @@ class LowRankPerturbation:
         self.noise_rank = noise_rank
         self.sigma = sigma
         self.members_per_forward = members_per_forward
+
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """See `Perturbation.check`."""
+        refuse_unsupported(engine.model, {name: engine.parameters[name] for name in names})
 
     def evaluate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.errors import UserError
 
@@ -41,7 +42,9 @@ def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
         UserError: a parameter with noise belongs to another kind of module, or its module was never called inside, so
             that its noise had no part in the result.
     """
-    plan = _plan(model, parameters, factors)
+    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
+    refuse_unsupported(model, noisy)
+    plan = _owners(model, noisy)
     called: set[nn.Module] = set()
     with ExitStack() as stack:
         for module, names in plan.items():
@@ -51,34 +54,26 @@ def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
     for module, names in plan.items():
         if module not in called:
             raise UserError(
-                f"parameter {next(iter(names.values()))}: the forward pass does not call its {type(module).__name__} "
-                "module, so low rank noise cannot reach it; write perturbation: {type: dense}, or a policy rule with "
+                f"policy: the forward pass does not call the {type(module).__name__} module of parameter "
+                f"{next(iter(names.values()))}, so low rank noise cannot reach it; write perturbation: {{type: dense}}, or a policy rule with "
                 "use: frozen for it"
             )
 
 
-def unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """Why each parameter that cannot be evaluated low rank cannot be, by name."""
-    reasons = {}
+def refuse_unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raise UserError if one of the parameters cannot be evaluated low rank, naming it and the reason."""
     for module, names in _owners(model, parameters).items():
         for name in names.values():
+            reason = None
             if _family(module) is None:
-                reasons[name] = f"it belongs to a {type(module).__name__} module"
+                reason = f"it belongs to a {type(module).__name__} module"
             elif parameters[name].dim() > 2:
-                reasons[name] = f"it has {parameters[name].dim()} dimensions"
-    return reasons
-
-
-def _plan(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors
-) -> dict[nn.Module, dict[str, str]]:
-    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
-    for name, reason in unsupported(model, noisy).items():
-        raise UserError(
-            f"parameter {name}: low rank noise cannot be evaluated because {reason}; write perturbation: {{type: dense}}, "
-            "or a policy rule with use: frozen for it"
-        )
-    return _owners(model, noisy)
+                reason = f"it has {parameters[name].dim()} dimensions"
+            if reason:
+                raise UserError(
+                    f"policy: low rank noise cannot be evaluated for parameter {name} because {reason}; write perturbation: "
+                    "{type: dense}, or a policy rule with use: frozen for it"
+                )
 
 
 def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
@@ -104,6 +99,8 @@ def _family(module: nn.Module) -> Attach | None:
         return _on_output(_linear)
     if forward is nn.Embedding.forward:
         return _on_output(_embedding)
+    if isinstance(module, nn.Embedding):
+        return _on_lookup
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
         return _on_output(_torch_norm)
     if "RMSNorm" in type(module).__name__ and [p.dim() for p in module.parameters()] == [1]:
@@ -148,14 +145,41 @@ def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str],
     a, b = factors.matrices[names["weight"]]
     if len(ids) == 1 and factors.members > 1:
         raise UserError(
-            f"parameter {names['weight']}: its embedding is called with one row for all examples, so the rows of different "
-            "members cannot be told apart; pass position_ids for every row"
+            f"policy: the embedding {names['weight']} is called with one row for all examples, so the rows of different members "
+            "cannot be told apart; let the objective pass position_ids for every row"
         )
     rows = ids.reshape(factors.members, -1)
     picked = b.gather(1, rows.unsqueeze(-1).expand(-1, -1, b.shape[-1]))
     return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(
         y.shape
     )
+
+
+@contextmanager
+def _on_lookup(module, names, factors, called):
+    """For embeddings that do more than look up rows (scale them, count positions): correct the lookup inside."""
+    own = module.__dict__.get("forward")
+    forward = module.forward
+
+    class Lookup(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is F.embedding and args[1] is module.weight:
+                return _embedding(module, args[0], result, names, factors)
+            return result
+
+    def corrected(*args, **kwargs):
+        called(module)
+        with Lookup():
+            return forward(*args, **kwargs)
+
+    module.forward = corrected
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:

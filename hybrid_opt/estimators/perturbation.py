@@ -28,6 +28,10 @@ class Member:
 class Perturbation(Protocol):
     """A form of noise, with its scale sigma."""
 
+    def check(self, engine: Engine, names: Collection[str]) -> None:
+        """Raise UserError for a parameter whose noise cannot be evaluated."""
+        ...
+
     def evaluate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]
     ) -> Tensor:

@@ -96,6 +96,9 @@ class HybridOptimizer:
             inside = name is not None and str(error).startswith("optimizer_arguments")
             raise UserError(f"estimators.{name}.{error}" if inside else f"{error}") from None
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
+        for policy in self.policies.values():
+            for name in acting_names(self.config.schedule):
+                self.estimators[name].check(self.engine, policy.names(name))
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)
             for name, c in self.config.estimators.items()

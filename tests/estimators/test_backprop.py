@@ -124,5 +124,6 @@ def test_losses_without_a_gradient_are_refused():
 
 
 def test_checkpointing_needs_a_model_that_can():
+    estimator = BackpropEstimator(Backprop(type="backprop", learning_rate=1.0, gradient_checkpointing=True))
     with pytest.raises(UserError, match="Linear has no gradient_checkpointing_enable"):
-        gradients(nn.Linear(2, 1), None, torch.ones(3, 2), lambda m, b: m(b)[:, 0], gradient_checkpointing=True)
+        estimator.check(LocalEngine(nn.Linear(2, 1)), ["weight"])
