@@ -43,7 +43,7 @@ def fitness(model: torch.nn.Module, examples) -> float:
 def members(setting):
     """Weights before, the N directions by parameter, and the fitnesses r, in float64, members written out one by one."""
     examples, batches = setting
-    batches.batch(0)
+    batches.batch_at(0)
     drawn = [examples[i] for i in batches._order[:SAMPLES]]
     assert len({id(example) for example in drawn}) == SAMPLES
     model = AutoModelForCausalLM.from_pretrained(GLASS).double().eval()
@@ -73,7 +73,7 @@ def test_one_step(setting, members, weights, divide_by_sigma):
     assert (es["fitness_shaping"], es["divide_by_sigma"]) == ("standardize", False)
     es |= {"fitness_shaping": weights, "divide_by_sigma": divide_by_sigma}
     model = AutoModelForCausalLM.from_pretrained(GLASS)  # float32, as users run it
-    report = HybridOptimizer(model, CausalLmObjective(), schedule=recipe, seed=SEED).step(setting[1].batch(0))
+    report = HybridOptimizer(model, CausalLmObjective(), schedule=recipe, seed=SEED).step(setting[1].batch_at(0))
 
     before, directions, r = members
     if weights == "standardize":

@@ -196,6 +196,8 @@ class RunFile(Strict):
     def _objective_suits_data(self):
         if isinstance(self.objective, Choice) and not (self.data.prompt and self.data.choices):
             raise ValueError("objective choice needs data.prompt, data.completion and data.choices")
+        if self.data.choices and isinstance(self.objective, CausalLm):
+            raise ValueError("objective causal_lm does not use data.choices; write choice, or drop data.choices")
         return self
 
     @model_validator(mode="after")

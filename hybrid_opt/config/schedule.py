@@ -153,7 +153,7 @@ class Backprop(LearningRate):
     """Parts into which a batch is split, one backward pass each; the gradient is that of the whole batch."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them (Hugging Face models)."""
-    autocast: Literal["bfloat16", "float16"] | None = None
+    autocast: Literal["bfloat16"] | None = None
     """Run the forward pass under `torch.autocast` in this dtype."""
 
     @field_validator("optimizer_arguments")

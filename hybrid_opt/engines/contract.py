@@ -1,4 +1,4 @@
-"""What an engine is: the place where the weights really live. Next: `local.py`.
+"""What an engine is: the place where the weights really live. Next: `update_rules.py`.
 
 One idea: estimators and update rules see weights only as Shards, flat slices of single parameters, so they need not know
 how the weights are spread over devices and processes.

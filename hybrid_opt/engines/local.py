@@ -1,4 +1,4 @@
-"""The engine for one process: weights in plain torch tensors. Next: `../training/hybrid_optimizer.py`.
+"""The engine for one process: weights in plain torch tensors. Next: `../training/attribution.py`.
 
 One idea: updates are always written to master weights. For a float32 model these are the model's own weights; for a
 narrower one they are a float32 copy, from which the model's weights are rounded after each step.
@@ -23,6 +23,7 @@ class LocalEngine:
         model: any module; parameters with `requires_grad=False` stay out of everything. Moved to `device`.
         backprop: the backprop estimator's configuration, or None if there is none.
         names: parameters that backprop may ever own, over all phases.
+        movable: parameters that anybody may ever move; None: all. Only these get master weights.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         master_weights: `float32` keeps a float32 copy of narrower weights; `none` updates them directly.
 
@@ -35,6 +36,7 @@ class LocalEngine:
         model: nn.Module,
         backprop: Backprop | None = None,
         names: Collection[str] = (),
+        movable: Collection[str] | None = None,
         *,
         device: str = "auto",
         master_weights: str = "float32",
@@ -44,7 +46,11 @@ class LocalEngine:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("model: every parameter is frozen (requires_grad is False), so there is nothing to train")
-        self.masters = {name: _master(p, master_weights) for name, p in self.parameters.items()}
+        self.masters = {
+            name: _master(p, master_weights)
+            for name, p in self.parameters.items()
+            if movable is None or name in movable
+        }
         self.gradient_clipping = backprop.gradient_clipping if backprop else None
         self.optimizer = _optimizer(backprop, [self.masters[name] for name in self._ordered(names)])
 
@@ -88,6 +94,10 @@ class LocalEngine:
             self.optimizer.load_state_dict({**state["optimizer"], "state": by_number})
         self._refresh(self.masters)
 
+    def is_finite(self) -> bool:
+        """Whether no weight that may move is infinite or NaN."""
+        return all(bool(master.isfinite().all()) for master in self.masters.values())
+
     def _buffers(self) -> dict[str, Tensor]:
         """Buffers that belong to the model's state; others, such as tables of angles, are made by its code."""
         saved = self.model.state_dict()
@@ -95,7 +105,7 @@ class LocalEngine:
 
     def _ordered(self, names: Collection[str]) -> list[str]:
         """The names in the model's order, so that a run does not depend on how a set happens to be ordered."""
-        return [name for name in self.parameters if name in names]
+        return [name for name in self.masters if name in names]
 
     def _step_optimizer(self, contributions: Sequence[Contribution], owned: set[str], learning_rate: float) -> None:
         for shard in self.shards(owned):

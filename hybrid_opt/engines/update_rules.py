@@ -54,6 +54,7 @@ class Momentum:
         """Take a step."""
         if name not in self.running_sum:
             self.running_sum[name] = torch.zeros_like(gradient)
+        self.running_sum[name] = self.running_sum[name].to(gradient.device)  # a loaded one lies in main memory
         m = self.running_sum[name].mul_(self.beta).add_(gradient)
         subtract(weights, m, learning_rate)
 
@@ -78,6 +79,8 @@ class Adam:
         if name not in self.moments:
             self.moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient), torch.zeros((), device="cpu"))
         first, second, count = self.moments[name]
+        first, second = first.to(gradient.device), second.to(gradient.device)  # loaded ones lie in main memory
+        self.moments[name] = (first, second, count)
         count += 1
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
@@ -95,7 +98,7 @@ class Adam:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what `state_dict` gave."""
         names = dict.fromkeys(key.rpartition("/")[0] for key in state)
-        self.moments = {n: (state[f"{n}/first"], state[f"{n}/second"], state[f"{n}/steps"].cpu()) for n in names}
+        self.moments = {n: (state[f"{n}/first"], state[f"{n}/second"], state[f"{n}/steps"]) for n in names}
 
 
 def subtract(weights: Tensor, direction: Tensor, learning_rate: float) -> None:

@@ -4,7 +4,7 @@ One idea: gradients are taken off the parameters and kept in the Estimate, so no
 its use can change or read them by accident.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.modes import requiring_grad, training_mode
 from hybrid_opt.estimators.noise import Key
-from hybrid_opt.objectives.contract import Objective, count_examples, map_tensors
+from hybrid_opt.objectives.contract import Objective, count_examples, select
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,10 @@ class BackpropEstimator:
             requiring_grad(engine.parameters, names),
             _seeded(key, engine.device),
             _checkpointing(engine.model, self.config.gradient_checkpointing),
+            _without_grad(parameters.values()),
         ):
             loss = self._backward(engine, lambda part: objective.losses(engine.model, part), batch)
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        for p in parameters.values():
-            p.grad = None
+            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         return Gradients(gradients), Cost(loss=loss, forwards=1, backwards=1)
 
     def _backward(self, engine: Engine, losses_of: Callable[[Any], Tensor], batch: Any) -> float:
@@ -96,12 +95,25 @@ class BackpropEstimator:
         if examples is None or self.config.accumulation == 1:
             return [batch], None
         cuts = torch.arange(examples).tensor_split(min(self.config.accumulation, examples))
-        return [map_tensors(lambda t, cut=cut: t[cut] if t.dim() else t, batch) for cut in cuts], examples
+        return [select(batch, cut) for cut in cuts], examples
 
     def _autocast(self, device: torch.device):
         if self.config.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=getattr(torch, self.config.autocast))
+
+
+@contextmanager
+def _without_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Nothing in `grad` at the beginning, whatever others left there, and nothing after."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.grad = None
 
 
 @contextmanager
@@ -114,7 +126,7 @@ def _seeded(key: Key, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    if not wanted:
+    if not wanted or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.noise import BLOCK, DISTRIBUTIONS, Key
+from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import Objective
 
@@ -45,10 +45,11 @@ class DensePerturbation:
     def combine(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard) -> Tensor:
         """See `Perturbation.combine`. Products and sums are taken one by one, so a slice equals that of the whole."""
         count, device = shard.data.numel(), shard.data.device
-        total = torch.zeros(count, device=device)
+        total = torch.zeros(count, device=device, dtype=torch.float32)
         keys = [key.fold(shard.name) for key in keys]
-        for at in range(0, count, BLOCK):
-            piece = total[at : at + BLOCK]
+        block = block_size(device)
+        for at in range(0, count, block):
+            piece = total[at : at + block]
             directions = self.noise(keys, shard.start + at, len(piece), device)
             for direction, coefficient in zip(directions, coefficients.tolist(), strict=True):
                 piece += direction.mul_(coefficient)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, refuse_unsupported
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
-from hybrid_opt.objectives.contract import Objective, repeat
+from hybrid_opt.objectives.contract import Objective, count_examples, repeat
 
 
 class LowRankPerturbation:
@@ -40,12 +41,20 @@ class LowRankPerturbation:
             UserError: a parameter belongs to a module that cannot be evaluated this way; see `member_hooks`.
         """
         shapes = {name: engine.parameters[name].shape for name in engine.parameters if name in names}
-        parts = math.ceil(len(members) / (self.members_per_forward if batch is not None else 1))
+        examples = count_examples(batch)  # None: a batch without tensors cannot be repeated, so members go one by one
+        parts = math.ceil(len(members) / self.members_per_forward) if examples is not None else len(members)
         losses = []
         for part in torch.arange(len(members)).tensor_split(parts):
             some = [members[i] for i in part.tolist()]
-            with perturbed_members(engine.model, engine.parameters, self._factors(shapes, some, engine.device)):
-                losses.append(objective.losses(engine.model, repeat(batch, len(some))).float().view(len(some), -1))
+            rows = len(some) * (examples or 1)
+            with perturbed_members(engine.model, engine.parameters, self._factors(shapes, some, rows, engine.device)):
+                found = objective.losses(engine.model, repeat(batch, len(some)) if examples is not None else batch)
+            if examples is not None and len(found) != rows:
+                raise UserError(
+                    f"objective: it returned {len(found)} losses for a batch of {rows} examples; return one for each, and let "
+                    "the first dimension of every tensor in a batch be the examples"
+                )
+            losses.append(found.float().view(len(some), -1))
         return torch.cat(losses)
 
     def combine(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard) -> Tensor:
@@ -64,7 +73,9 @@ class LowRankPerturbation:
         offset = shard.start - first * n
         return product.view(-1)[offset : offset + count]
 
-    def _factors(self, shapes: dict[str, torch.Size], members: Sequence[Member], device: torch.device) -> Factors:
+    def _factors(
+        self, shapes: dict[str, torch.Size], members: Sequence[Member], rows: int, device: torch.device
+    ) -> Factors:
         """Each member's noise, scaled and signed, ready to be multiplied with activations."""
         directions = list(dict.fromkeys(m.key for m in members))
         row = torch.tensor([directions.index(m.key) for m in members], device=device)
@@ -73,7 +84,7 @@ class LowRankPerturbation:
         draws = _draw_alike(
             [(name, side, count) for name, pairs in sides.items() for side, count in pairs], directions, device
         )
-        factors = Factors(len(members), {}, {})
+        factors = Factors(len(members), rows, {}, {})
         for name, shape in shapes.items():
             if len(shape) == 2:
                 a = draws[name, "A"][row].view(len(members), shape[1], self.noise_rank)

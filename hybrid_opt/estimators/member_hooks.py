@@ -23,6 +23,8 @@ class Factors:
     """Noise of several members, scaled and signed."""
 
     members: int
+    rows: int
+    """Examples of all members together; every module's input has a multiple of them as its first dimension."""
     matrices: dict[str, tuple[Tensor, Tensor]]
     """For a matrix (m, n): A (members, n, r) and B (members, m, r) with noise `B A^T`."""
     vectors: dict[str, Tensor]
@@ -115,7 +117,9 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
     def attach(module, names, factors, called):
         def hook(module, args, kwargs, output):
             called(module)
-            return correct(module, args[0] if args else next(iter(kwargs.values())), output, names, factors)
+            x = args[0] if args else next(iter(kwargs.values()))
+            _refuse_other_rows(module, x, names, factors)
+            return correct(module, x, output, names, factors)
 
         handle = module.register_forward_hook(hook, with_kwargs=True)
         try:
@@ -124,6 +128,16 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
             handle.remove()
 
     return attach
+
+
+def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> None:
+    """Rows that are not the batch's (positions shared by all, tokens sorted to experts) have no member of their own."""
+    if len(x) % factors.rows:
+        raise UserError(
+            f"policy: the {type(module).__name__} module of parameter {next(iter(names.values()))} is called with {len(x)} rows "
+            f"for {factors.rows} examples, so the rows of different members cannot be told apart; let the objective pass "
+            "position_ids for every row, or write perturbation: {type: dense}"
+        )
 
 
 def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
@@ -143,11 +157,6 @@ def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], fact
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
     """`y + B[ids] A^T`; ids (members * rows, ...), y (members * rows, ..., features)."""
     a, b = factors.matrices[names["weight"]]
-    if len(ids) == 1 and factors.members > 1:
-        raise UserError(
-            f"policy: the embedding {names['weight']} is called with one row for all examples, so the rows of different members "
-            "cannot be told apart; let the objective pass position_ids for every row"
-        )
     rows = ids.reshape(factors.members, -1)
     picked = b.gather(1, rows.unsqueeze(-1).expand(-1, -1, b.shape[-1]))
     return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(
@@ -165,11 +174,12 @@ def _on_lookup(module, names, factors, called):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if function is F.embedding and args[1] is module.weight:
+                called(module)
+                _refuse_other_rows(module, args[0], names, factors)
                 return _embedding(module, args[0], result, names, factors)
             return result
 
     def corrected(*args, **kwargs):
-        called(module)
         with Lookup():
             return forward(*args, **kwargs)
 
@@ -189,16 +199,20 @@ def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], 
     else:
         normalised = F.rms_norm(x, module.normalized_shape, eps=module.eps)
     result = normalised * _of_each_row("weight", module, x, names, factors)
-    return result if getattr(module, "bias", None) is None else result + _of_each_row("bias", module, x, names, factors)
+    if getattr(module, "bias", None) is not None:
+        result = result + _of_each_row("bias", module, x, names, factors)
+    return result.to(y.dtype)
 
 
 def _of_each_row(attribute: str, module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
-    """A vector parameter with each row's noise: (members * rows, 1, ..., features), to multiply with x."""
+    """A vector parameter with each row's noise, to multiply with x: (members * rows, 1, ..., features) float32.
+
+    Weights of norms are near 1, where bfloat16 is too coarse (0.008) for a sigma of 1e-3 to be seen.
+    """
     parameter = getattr(module, attribute)
     if attribute not in names:
         return parameter
-    noise = factors.vectors[names[attribute]].to(parameter.dtype)
-    rows = (parameter + noise).repeat_interleave(len(x) // factors.members, dim=0)
+    rows = (parameter.float() + factors.vectors[names[attribute]]).repeat_interleave(len(x) // factors.members, dim=0)
     return rows.view(len(x), *[1] * (x.dim() - 1 - parameter.dim()), *parameter.shape)
 
 
@@ -209,10 +223,12 @@ def _swapped_weight(module, names, factors, called):
     def before(module, args, kwargs):
         called(module)
         x = args[0] if args else next(iter(kwargs.values()))
+        _refuse_other_rows(module, x, names, factors)
         module._parameters["weight"] = _of_each_row("weight", module, x, names, factors)
 
     def after(module, args, output):
         module._parameters["weight"] = weight
+        return output.to(weight.dtype)
 
     weight = module._parameters["weight"]
     handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]

@@ -38,6 +38,11 @@ class Key:
         )
 
 
+def block_size(device: torch.device) -> int:
+    """Elements to compute at a time: few enough for a processor's cache, or enough to fill a GPU."""
+    return 1 << 18 if device.type == "cpu" else 1 << 24
+
+
 Distribution = Callable[[Sequence[Key], int, int, torch.device], Tensor]
 
 
@@ -60,15 +65,17 @@ DISTRIBUTIONS: dict[str, Distribution] = {"gaussian": gaussian, "rademacher": ra
 
 def _in_blocks(block, per_word: int, keys: Sequence[Key], start: int, count: int, device: torch.device) -> Tensor:
     """Computes `block` over the aligned range of words that covers the slice, a cache-sized piece at a time."""
-    out = torch.empty(len(keys), count, device=device)
-    piece = max(per_word, BLOCK // max(1, len(keys)) // per_word * per_word)
-    stop, at = start + count, start
+    out = torch.empty(len(keys), count, device=device, dtype=torch.float32)
+    piece = max(per_word, block_size(device) // max(1, len(keys)) // per_word * per_word)
+    stop, at, high, key_words = start + count, start, -1, ()
     while at < stop:
         aligned = at // per_word * per_word
-        high = aligned >> INDEX_BITS
+        if aligned >> INDEX_BITS != high:
+            high = aligned >> INDEX_BITS
+            key_words = _key_words(keys, high, device)
         end = min(stop, aligned + piece, (high + 1) << INDEX_BITS)
         words = _words(aligned // per_word, -(-end // per_word), high, per_word, device)
-        values = block(words, *_key_words(keys, high, device))
+        values = block(words, *key_words)
         out[:, at - start : end - start] = values[:, at - aligned : end - aligned]
         at = end
     return out

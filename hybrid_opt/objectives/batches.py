@@ -32,7 +32,7 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, at_end: bool) 
 class Batches(Protocol):
     """A batch for every step."""
 
-    def batch(self, step: int) -> Any:
+    def batch_at(self, step: int) -> Any:
         """The batch of a step (0-based)."""
         ...
 
@@ -50,8 +50,8 @@ class ShuffledBatches:
         self.key = Key((seed, "order"))
         self._epoch, self._order = -1, np.arange(0)
 
-    def batch(self, step: int) -> Any:
-        """See `Batches.batch`."""
+    def batch_at(self, step: int) -> Any:
+        """See `Batches.batch_at`."""
         epoch, place = divmod(step, len(self.examples) // self.batch_size)
         if epoch != self._epoch:
             generator = np.random.Generator(np.random.Philox(self.key.fold(epoch).seed()))
@@ -67,8 +67,8 @@ class IterableBatches:
         self.iterable = iterable
         self._next, self._iterator = 0, iter(iterable)
 
-    def batch(self, step: int) -> Any:
-        """See `Batches.batch`; a later step than the next skips batches.
+    def batch_at(self, step: int) -> Any:
+        """See `Batches.batch_at`; a later step than the next skips batches.
 
         Raises:
             UserError: the iterable gives nothing, or (a generator) nothing any more.

@@ -82,21 +82,9 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: map_tensors(function, value) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(map_tensors(function, value) for value in batch)
+        values = [map_tensors(function, value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch
-
-
-def repeat(batch: Any, times: int) -> Any:
-    """The batch with all its examples repeated, (times * examples, ...), repetition-major.
-
-    The first dimension of every tensor is taken to be the examples.
-    """
-    return map_tensors(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t, batch)
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on a device."""
-    return map_tensors(lambda t: t.to(device), batch)
 
 
 def count_examples(batch: Any) -> int | None:
@@ -104,3 +92,33 @@ def count_examples(batch: Any) -> int | None:
     sizes: list[int] = []
     map_tensors(lambda t: sizes.append(len(t)) or t if t.dim() else t, batch)
     return sizes[0] if sizes else None
+
+
+def select(batch: Any, examples: Tensor) -> Any:
+    """The batch with these of its examples, by number, in this order; a number may come several times.
+
+    The first dimension of every tensor is taken to be the examples, and so is a list without tensors that is as long.
+    """
+    count, numbers = count_examples(batch), examples.tolist()
+
+    def walk(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {key: walk(value) for key, value in part.items()}
+        if isinstance(part, (list, tuple)) and count_examples(part) is None:
+            return type(part)(part[i] for i in numbers) if len(part) == count else part
+        if isinstance(part, (list, tuple)):
+            values = [walk(value) for value in part]
+            return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
+        return part[examples.to(part.device)] if isinstance(part, Tensor) and part.dim() else part
+
+    return walk(batch)
+
+
+def repeat(batch: Any, times: int) -> Any:
+    """The batch with all its examples repeated, (times * examples, ...), repetition-major."""
+    return select(batch, torch.arange(count_examples(batch)).repeat(times))
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    return map_tensors(lambda t: t.to(device), batch)

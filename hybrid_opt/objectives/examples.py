@@ -126,8 +126,10 @@ def _packed(rows: Dataset, config: Data, tokenizer: PreTrainedTokenizerBase) -> 
     texts = [row[config.text] or "" for _, row in _rows(rows, config.text, "data.text")]
     for i in (i for i, text in enumerate(texts) if not isinstance(text, str)):
         raise UserError(f"data.text: row {i}: expected a text in column {config.text!r}, found {texts[i]!r}")
+    # A text begins as the tokenizer would begin it: some models are lost without their first token.
+    begins = [tokenizer.bos_token_id] if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else []
     ends = [tokenizer.eos_token_id] if config.append_eos and tokenizer.eos_token_id is not None else []
-    stream = [token for tokens in tokenize(texts, tokenizer, special_tokens=False) for token in (*tokens, *ends)]
+    stream = [t for tokens in tokenize(texts, tokenizer, special_tokens=False) for t in (*begins, *tokens, *ends)]
     blocks = [stream[i : i + config.max_tokens] for i in range(0, len(stream), config.max_tokens)]
     blocks = [block for block in blocks if len(block) == config.max_tokens]
     if not blocks:

@@ -1,4 +1,4 @@
-"""The course of a learning rate over a run, by transformers' names. Next: `../training/hybrid_optimizer.py`."""
+"""The course of a learning rate over a run, by transformers' names. Next: `../estimators/contract.py`."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,9 @@ import torch
 from transformers import get_scheduler
 
 from hybrid_opt.config.schedule import LearningRate
+
+INDEPENDENT_OF_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""Schedules that are the same whatever the number of steps in the run."""
 
 
 def learning_rate_at(config: LearningRate, steps: int) -> Callable[[int], float]:

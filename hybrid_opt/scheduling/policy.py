@@ -39,9 +39,9 @@ def resolve(rules: Sequence[Rule] | None, names: Iterable[str], estimators: Coll
         return Policy(dict.fromkeys(names, tuple(estimators)))
     owners: dict[str, tuple[str, ...]] = {}
     for number, rule in enumerate(rules):
-        selected = [name for name in names if _selects(rule, name, names)]
+        selected = _selected(rule, names)
         fresh = [name for name in selected if name not in owners]
-        if not fresh:
+        if not fresh and rule.match != ".*":  # '.*' stands for the rest, of which there may be none
             raise UserError(f"{where}.{number}: {_nothing(rule, selected, names)}")
         owners.update(dict.fromkeys(fresh, () if rule.use == "frozen" else tuple(rule.use)))
     if missing := [name for name in names if name not in owners]:
@@ -81,10 +81,11 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _selects(rule: Rule, name: str, names: Sequence[str]) -> bool:
+def _selected(rule: Rule, names: Sequence[str]) -> list[str]:
     if rule.match is not None:
-        return re.search(rule.match, name) is not None
-    return layer_number(name) in _layers(rule.layers, names)
+        return [name for name in names if re.search(rule.match, name)]
+    layers = _layers(rule.layers, names)
+    return [name for name in names if layer_number(name) in layers]
 
 
 def _layers(layers: str, names: Sequence[str]) -> range:

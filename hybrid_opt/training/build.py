@@ -1,4 +1,4 @@
-"""From a validated run file to a Trainer with model, data and objective. Next: `hybrid_optimizer.py`.
+"""From a validated run file to a Trainer with model, data and objective. Next: `trainer.py`.
 
 One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
 """
@@ -17,6 +17,7 @@ from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.choice import ChoiceData
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
 from hybrid_opt.objectives.data import load_splits
+from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
@@ -117,19 +118,19 @@ def _refuse_what_does_not_fit(model, examples: Sequence[Any]) -> None:
 
 
 def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
-    """A resumed run must be the run that was interrupted, but for its length and how often it looks around.
+    """A resumed run must be the run that was interrupted, but for how often it looks around and what tames it.
+
+    Its length may change too, unless a learning rate's course depends on it.
 
     Raises:
         UserError: naming what differs.
     """
     now = run.model_dump(mode="json", exclude_none=True)
-    free = {
-        "training.steps",
-        "training.evaluate_every",
-        "training.checkpoint_every",
-        "training.evaluation_rows",
-        "output",
-    }
+    free = {"output", "training.evaluate_every", "training.checkpoint_every", "training.evaluation_rows"}
+    if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
+        free.add("training.steps")
+    for name in run.schedule.estimators:  # what the message about a diverging run advises to change
+        free |= {f"schedule.estimators.{name}.{field}" for field in ("learning_rate", "gradient_clipping")}
     before, after = dict(_flat(saved)), dict(_flat(now))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key) and key not in free:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,15 +50,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
-    """The state that `save_checkpoint` wrote, tensors on a device.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` wrote, its tensors in main memory.
 
     Raises:
         UserError: a file is missing or damaged.
     """
     state: dict[str, Any] = {}
     try:
-        for name, tensor in load_file(path / "tensors.safetensors", device=str(device)).items():
+        for name, tensor in load_file(path / "tensors.safetensors").items():
             _put(state, name.split(SEPARATOR), tensor)
         for keys, value in json.loads((path / "values.json").read_text()):
             _put(state, keys, value)

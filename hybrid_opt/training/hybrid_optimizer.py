@@ -1,4 +1,5 @@
-"""One step of hybrid optimisation: plan, estimate, apply. Next: `trainer.py`, the loop around it.
+"""One step of hybrid optimisation: plan, estimate, apply. Next: `../scheduling/policy.py`, `../estimators/contract.py`,
+`../engines/contract.py`.
 
 One idea: this is the whole method. All estimates of a step are taken at the same weights and then applied together;
 whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.loading import load_schedule
@@ -26,7 +28,7 @@ from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
 from hybrid_opt.objectives.language_model import count_tokens
-from hybrid_opt.scheduling.learning_rate import learning_rate_at
+from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
@@ -63,7 +65,9 @@ class HybridOptimizer:
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
         steps: length of the run, for learning rates that change over it.
         seed: decides all noise.
-        engine: where the weights live.
+        engine: where the weights live; None: where they are.
+
+    Backprop runs with the model in training mode (dropout on), ES in evaluation mode; both leave the mode as it was.
 
     Raises:
         UserError: the schedule is invalid, its policy does not fit the model, or the objective lacks the gradient that
@@ -78,7 +82,7 @@ class HybridOptimizer:
         schedule: str | Path | dict[str, Any] | ScheduleFile,
         steps: int | None = None,
         seed: int = 0,
-        engine: LocalEngineConfig = LocalEngineConfig(type="local"),
+        engine: LocalEngineConfig | None = None,
     ):
         self.config = load_schedule(schedule)
         self.objective = as_objective(objective)
@@ -86,18 +90,11 @@ class HybridOptimizer:
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.policies = resolve_policies(self.config, names)
         self._refuse_missing_gradient()
-        backprop, owned = self._optimizer_of()
-        try:
-            self.engine = LocalEngine(
-                model, backprop, owned, device=engine.device, master_weights=engine.master_weights
-            )
-        except UserError as error:
-            name = next((name for name, c in self.config.estimators.items() if c is backprop), None)
-            inside = name is not None and str(error).startswith("optimizer_arguments")
-            raise UserError(f"estimators.{name}.{error}" if inside else f"{error}") from None
+        self.engine = self._build_engine(model, engine)
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
-        for policy in self.policies.values():
-            for name in acting_names(self.config.schedule):
+        for phase, policy in self.policies.items():
+            schedule_of_phase = self.config.schedule if phase is None else self.config.schedule.phases[phase].schedule
+            for name in acting_names(schedule_of_phase):
                 self.estimators[name].check(self.engine, policy.names(name))
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)
@@ -134,10 +131,17 @@ class HybridOptimizer:
                 _refuse_not_finite(costs[name])
             except UserError as error:
                 raise UserError(f"step {step}, estimator {name}: {error}") from error
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
+                    f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
+                ) from error
             durations[name] = time.perf_counter() - begun
             rate = self.learning_rates[name](step)
             contributions.append(Contribution(estimate, weight, owned, rate, self.rules[name]))
         self.engine.apply(contributions)
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
         rest = (seconds - sum(durations.values())) / len(durations)
         forwards, backwards = (sum(getattr(c, kind) for c in costs.values()) for kind in ("forwards", "backwards"))
@@ -178,12 +182,22 @@ class HybridOptimizer:
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
 
-    def _optimizer_of(self) -> tuple[Backprop | None, set[str]]:
-        """The backprop estimator's configuration, and the parameters it may own in any phase."""
-        for name, config in self.config.estimators.items():
-            if isinstance(config, Backprop):
-                return config, {parameter for policy in self.policies.values() for parameter in policy.names(name)}
-        return None, set()
+    def _build_engine(self, model: nn.Module, config: LocalEngineConfig | None) -> LocalEngine:
+        """The engine, prepared for what backprop and what anybody may move in any phase."""
+        if config is None:
+            device = next((p.device for p in model.parameters()), "cpu")
+            config = LocalEngineConfig(type="local", device=str(device))
+        name = next((name for name, c in self.config.estimators.items() if isinstance(c, Backprop)), None)
+        owned = {parameter for policy in self.policies.values() for parameter in policy.names(name)} if name else set()
+        movable = {parameter for policy in self.policies.values() for parameter, who in policy.owners.items() if who}
+        try:
+            return LocalEngine(
+                model, self.config.estimators.get(name), owned, movable, **config.model_dump(exclude={"type"})
+            )
+        except UserError as error:
+            raise UserError(
+                f"estimators.{name}.{error}" if "optimizer_arguments" in str(error) else str(error)
+            ) from None
 
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
@@ -236,7 +250,7 @@ def _refuse_not_finite(cost: Cost) -> None:
 
 
 def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:
-    if steps is None and config.learning_rate_schedule not in ("constant", "constant_with_warmup"):
+    if steps is None and config.learning_rate_schedule not in INDEPENDENT_OF_LENGTH:
         raise UserError(
             f"estimators.{name}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the length of the run; "
             "pass steps=..."

@@ -1,5 +1,6 @@
 """The final model on disk, as transformers loads it. Next: `curves.py`."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     place = folder / "model"
     if hasattr(model, "merge_and_unload"):
         model.save_pretrained(folder / "adapter")
-        model = model.merge_and_unload()
+        model = copy.deepcopy(model).merge_and_unload()  # the caller's keeps its adapters
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(place)
     else:
-        place.mkdir()
+        place.mkdir(exist_ok=True)
         save_module(model, str(place / "model.safetensors"))
     if tokenizer is not None:
         tokenizer.save_pretrained(place)

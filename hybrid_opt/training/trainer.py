@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `evaluation.py`, `run_folder.py`.
+"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `hybrid_optimizer.py`.
 
 One idea: the trainer adds nothing to the method. It asks `HybridOptimizer` for one step after another and writes down
 what happened, so a loop of one's own around the same object gives the same weights.
@@ -34,11 +34,11 @@ class Trainer:
     Args:
         model: any `torch.nn.Module`.
         objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective.
-        batches: an iterable of batches, started again when it ends, or an object with `batch(step)`.
+        batches: an iterable of batches, started again when it ends, or an object with `batch_at(step)`.
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
         steps: number of steps.
         seed: decides all noise.
-        engine: where the weights live.
+        engine: where the weights live; None: where they are.
         validation: batches to evaluate on before and after.
         evaluate_every: steps between evaluations along the way; 0: none.
         validation_along: fewer batches for those; None: the same.
@@ -64,7 +64,7 @@ class Trainer:
         schedule: str | Path | dict[str, Any] | ScheduleFile,
         steps: int,
         seed: int = 0,
-        engine: LocalEngineConfig = LocalEngineConfig(type="local"),
+        engine: LocalEngineConfig | None = None,
         validation: Sequence[Any] = (),
         evaluate_every: int = 0,
         validation_along: Sequence[Any] | None = None,
@@ -83,7 +83,7 @@ class Trainer:
         elif resume:
             raise UserError("resume: a run without an output folder cannot be resumed")
         self.optimizer = HybridOptimizer(model, objective, schedule=schedule, steps=steps, seed=seed, engine=engine)
-        self.batches = batches if hasattr(batches, "batch") else IterableBatches(batches)
+        self.batches = batches if hasattr(batches, "batch_at") else IterableBatches(batches)
         self.steps, self.evaluate_every, self.checkpoint_every = steps, evaluate_every, checkpoint_every
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
@@ -108,7 +108,7 @@ class Trainer:
             try:
                 finished = self._loop(stop_requested)
             except UserError as error:
-                raise UserError(f"{error}{self._save()}") from None
+                raise UserError(f"{error}{self._save() if self.optimizer.engine.is_finite() else ''}") from None
             finally:
                 self.display.stop()
             return self._end() if finished else self._interrupted()
@@ -119,7 +119,7 @@ class Trainer:
             if stop_requested():
                 return False
             self.attribution.before_step(tuple(self.optimizer.acting()))
-            self._record(self.optimizer.step(self.batches.batch(step)))
+            self._record(self.optimizer.step(self.batches.batch_at(step)))
             done = step + 1
             if self.evaluate_every and done % self.evaluate_every == 0 and done < self.steps and self.validation_along:
                 self._record_evaluation(done, self._evaluate(self.validation_along))
@@ -143,7 +143,7 @@ class Trainer:
             self._record_evaluation(0, self.before)
 
     def _end(self) -> Summary:
-        if self.folder:  # first, so that it is there whatever happens to the rest
+        if self.folder:  # first, so that nothing is lost whatever happens to the rest
             save_model(self.optimizer.engine.model, self.tokenizer, self.folder.path)
         self.attribution.finish()
         after = {}
@@ -211,7 +211,7 @@ class Trainer:
         return f" (saved in {self.folder.path}; go on with the same command and --resume)"
 
     def _load(self) -> None:
-        state = load_checkpoint(newest_checkpoint(self.folder.checkpoints), self.optimizer.engine.device)
+        state = load_checkpoint(newest_checkpoint(self.folder.checkpoints))
         self.optimizer.load_state_dict(state["optimizer"])
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]

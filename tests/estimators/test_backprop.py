@@ -98,6 +98,15 @@ def test_model_is_left_as_it_was():
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
+def test_gradients_that_others_left_behind_are_not_added():
+    model = tiny_model()
+    expected, _ = gradients(model)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    found, _ = gradients(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_dropout_is_on_and_decided_by_the_key():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).eval()
 

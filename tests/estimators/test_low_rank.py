@@ -10,6 +10,7 @@ from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
+from hybrid_opt.estimators.member_hooks import perturbed_members
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import FunctionObjective
@@ -134,6 +135,78 @@ def test_what_cannot_be_evaluated_is_refused_not_skipped(name, message):
         LowRankPerturbation(1, SIGMA, 2).evaluate(
             engine, FunctionObjective(gate_losses), torch.ones(2, 4), [name], MEMBERS[:2]
         )
+
+
+class Positions(nn.Module):
+    """nanoGPT's way: one row of positions for the whole batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(8, 4), nn.Embedding(6, 4)
+
+    def forward(self, ids):
+        return self.words(ids) + self.places(torch.arange(ids.shape[1]))
+
+
+def test_positions_of_one_row_are_refused_even_where_they_could_be_dealt_out():
+    engine, ids = LocalEngine(Positions()), torch.zeros(1, 6, dtype=torch.long)
+    objective = FunctionObjective(lambda model, batch: model(batch).sum((1, 2)))
+    with (
+        torch.no_grad(),
+        pytest.raises(UserError, match=r"parameter places.weight is called with 6 rows for 4 examples"),
+    ):
+        LowRankPerturbation(1, SIGMA, 4).evaluate(engine, objective, ids, list(engine.parameters), MEMBERS[:4])
+
+
+def test_batches_of_texts_are_repeated_or_evaluated_one_member_at_a_time():
+    """A reward that needs more than tensors sees each member's rows, in one pass or in several."""
+    engine = LocalEngine(tiny_model())
+    ids, words = token_batch()["input_ids"], ["a", "bb", "ccc"]
+
+    def losses(model, batch):
+        tokens = ids if isinstance(batch, list) else batch["ids"]
+        texts = batch if isinstance(batch, list) else batch["texts"]
+        inputs = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1]).repeat(len(tokens), 1)}
+        return token_losses(model, inputs) * torch.tensor([float(len(text)) for text in texts])
+
+    with torch.no_grad():
+        together, alone = (
+            LowRankPerturbation(1, SIGMA, 6).evaluate(
+                engine, FunctionObjective(losses), batch, list(engine.parameters), MEMBERS
+            )
+            for batch in ({"ids": ids, "texts": words}, words)
+        )
+    assert torch.allclose(together, alone, rtol=0, atol=1e-5)
+    assert together.shape == (6, 3)
+
+
+def test_losses_that_are_not_one_an_example_are_refused():
+    engine = LocalEngine(tiny_model())
+    objective = FunctionObjective(lambda model, batch: token_losses(model, batch)[:4])
+    with torch.no_grad(), pytest.raises(UserError, match="returned 4 losses for a batch of 18 examples"):
+        LowRankPerturbation(1, SIGMA, 6).evaluate(engine, objective, token_batch(), list(engine.parameters), MEMBERS)
+
+
+@pytest.mark.parametrize("kind", ["llama, own head", "gpt2"])
+def test_norm_weights_near_1_are_perturbed_in_bfloat16_too(kind):
+    """A sigma of 1e-3 is below bfloat16's spacing at 1, so weight plus noise must not be rounded to it."""
+    architecture, settings = MODELS[kind]
+    exact = LocalEngine(tiny_model(architecture, **settings))
+    narrow = LocalEngine(tiny_model(architecture, **settings).bfloat16())
+    name = next(n for n in exact.parameters if "norm.weight" in n or "ln_f.weight" in n)
+    perturbation, x = LowRankPerturbation(1, 1e-3, 6), torch.ones(6, 5, 32) * torch.tensor([1.0, -1.0]).repeat(16)
+    moved = []
+    with torch.no_grad():
+        for engine in (exact, narrow):
+            norm = dict(engine.model.named_modules())[name.removesuffix(".weight")]
+            norm.weight.fill_(1.0)
+            factors = perturbation._factors({name: norm.weight.shape}, MEMBERS, 6, torch.device("cpu"))
+            plain = norm(x.to(norm.weight.dtype)).float()
+            with perturbed_members(engine.model, {name: engine.parameters[name]}, factors):
+                moved.append((norm(x.to(norm.weight.dtype)).float() - plain).abs().mean().item())
+    # The output is rounded to bfloat16's spacing at 1 (0.004 below, 0.008 above), so some of it survives, not all.
+    assert moved[0] == pytest.approx(1e-3 * (2 / torch.pi) ** 0.5, rel=0.3)
+    assert moved[1] > 0
 
 
 def test_positions_shared_by_all_rows_are_refused():

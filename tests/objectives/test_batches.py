@@ -14,7 +14,7 @@ def shuffled(examples: int, size: int, seed: int = 0) -> ShuffledBatches:
 
 def epochs(batches: ShuffledBatches, per_epoch: int, number: int) -> list[list[int]]:
     return [
-        [i for step in range(per_epoch) for i in batches.batch(epoch * per_epoch + step)] for epoch in range(number)
+        [i for step in range(per_epoch) for i in batches.batch_at(epoch * per_epoch + step)] for epoch in range(number)
     ]
 
 
@@ -31,10 +31,10 @@ def test_no_example_twice_in_an_epoch(examples, size):
 
 def test_a_step_sees_the_same_batch_whatever_was_asked_before():
     batches = shuffled(11, 3, seed=7)
-    sequential = [batches.batch(step) for step in range(30)]
+    sequential = [batches.batch_at(step) for step in range(30)]
     steps = [29, 0, 3, 2, 17, 17, 5, 28, 1]
-    assert [batches.batch(step) for step in steps] == [sequential[step] for step in steps]
-    assert [shuffled(11, 3, seed=7).batch(step) for step in steps] == [sequential[step] for step in steps]
+    assert [batches.batch_at(step) for step in steps] == [sequential[step] for step in steps]
+    assert [shuffled(11, 3, seed=7).batch_at(step) for step in steps] == [sequential[step] for step in steps]
 
 
 def test_seeds_give_different_orders():
@@ -43,7 +43,7 @@ def test_seeds_give_different_orders():
 
 def test_a_batch_larger_than_the_data_is_all_of_it():
     batches = shuffled(4, 9)
-    drawn = [batches.batch(step) for step in range(10)]
+    drawn = [batches.batch_at(step) for step in range(10)]
     assert all(sorted(batch) == [0, 1, 2, 3] for batch in drawn)
     assert len({tuple(batch) for batch in drawn}) > 3
 
@@ -51,7 +51,9 @@ def test_a_batch_larger_than_the_data_is_all_of_it():
 def test_examples_reach_collate_in_their_order():
     batches = ShuffledBatches("abcdef", 2, "".join, seed=1)
     numbers = shuffled(6, 2, seed=1)
-    assert [batches.batch(s) for s in range(6)] == ["".join("abcdef"[i] for i in numbers.batch(s)) for s in range(6)]
+    assert [batches.batch_at(s) for s in range(6)] == [
+        "".join("abcdef"[i] for i in numbers.batch_at(s)) for s in range(6)
+    ]
 
 
 # ---------------------------------------------------------------- a user's own iterable
@@ -59,27 +61,27 @@ def test_examples_reach_collate_in_their_order():
 
 def test_a_list_starts_again_when_it_ends():
     batches = IterableBatches(["a", "b", "c"])
-    assert [batches.batch(step) for step in range(8)] == list("abcabcab")
+    assert [batches.batch_at(step) for step in range(8)] == list("abcabcab")
 
 
 def test_an_endless_generator_goes_on():
     batches = IterableBatches(count(10))
-    assert [batches.batch(step) for step in range(5)] == [10, 11, 12, 13, 14]
+    assert [batches.batch_at(step) for step in range(5)] == [10, 11, 12, 13, 14]
 
 
 @pytest.mark.parametrize("first", range(8))
 def test_a_run_resumed_at_a_step_sees_what_it_would_have_seen(first):
     batches = IterableBatches(["a", "b", "c"])
-    assert [batches.batch(step) for step in range(first, 10)] == list("abcabcabca")[first:]
+    assert [batches.batch_at(step) for step in range(first, 10)] == list("abcabcabca")[first:]
 
 
 def test_an_exhausted_generator_is_refused():
     batches = IterableBatches(x for x in "ab")
-    assert [batches.batch(0), batches.batch(1)] == ["a", "b"]
+    assert [batches.batch_at(0), batches.batch_at(1)] == ["a", "b"]
     with pytest.raises(UserError, match="ended after 2 batches and does not start again"):
-        batches.batch(2)
+        batches.batch_at(2)
 
 
 def test_an_empty_iterable_is_refused():
     with pytest.raises(UserError, match="ended after 0 batches"):
-        IterableBatches([]).batch(0)
+        IterableBatches([]).batch_at(0)

@@ -118,6 +118,40 @@ def test_phases_change_the_policy():
         assert not torch.equal(second[name], first[name]), name
 
 
+def test_an_estimator_is_only_checked_for_what_it_moves_when_it_acts():
+    """ES never acts in the first phase, so what it could not evaluate there does not matter."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.layer = nn.Parameter(torch.ones(2)), nn.Linear(2, 1)
+
+        def forward(self, x):
+            return self.layer(x * self.scale)
+
+    only_layer = [{"match": "layer", "use": ["es"]}, {"match": ".*", "use": "frozen"}]
+    plan = schedule({"type": "phases", "phases": [
+        {"steps": 1, "schedule": {"type": "single", "estimator": "backprop"}},
+        {"schedule": {"type": "single", "estimator": "es"}, "policy": only_layer},
+    ]})  # fmt: skip
+    hybrid = HybridOptimizer(Scaled(), lambda model, x: model(x).pow(2).sum(1), schedule=plan)
+    assert [list(hybrid.step(torch.ones(3, 2)).weights) for _ in range(2)] == [["backprop"], ["es"]]
+    plan["schedule"]["phases"][1].pop("policy")
+    with pytest.raises(UserError, match="for parameter scale because it belongs to a Scaled module"):
+        HybridOptimizer(Scaled(), lambda model, x: model(x).pow(2).sum(1), schedule=plan)
+
+
+def test_frozen_parameters_have_no_master_weights():
+    plan = schedule({"type": "single", "estimator": "es"}, policy=[
+        {"match": "norm", "use": ["es"]}, {"match": ".*", "use": "frozen"}])  # fmt: skip
+    hybrid = HybridOptimizer(tiny_model().bfloat16(), token_losses, schedule=plan)
+    assert all("norm" in name for name in hybrid.engine.masters)
+    before = {name: p.detach().clone() for name, p in hybrid.engine.model.named_parameters()}
+    hybrid.step(token_batch())
+    for name, p in hybrid.engine.model.named_parameters():
+        assert "norm" in name or torch.equal(p, before[name])
+
+
 def test_es_steps_leave_the_optimizers_moments_alone_in_alternate():
     model = tiny_model()
     hybrid = HybridOptimizer(

@@ -195,7 +195,20 @@ def test_a_changed_run_file_is_not_resumed(write_run, tmp_path):
     trainer._save()
     with pytest.raises(UserError, match=r"schedule.estimators.es.sigma was 0.01 and is now 0.5; change it back"):
         train(path, "schedule.estimators.es.sigma=0.5", resume=True)
-    assert train(path, "training.steps=4", resume=True).steps == 4  # a longer run is the same run
+    # A longer run is the same run, and a lower rate is what a diverging one needs.
+    longer = train(path, "training.steps=4", "schedule.estimators.es.learning_rate=1e-6", resume=True)
+    assert longer.steps == 4
+
+
+def test_the_length_of_a_run_with_a_falling_rate_is_not_changed(write_run, tmp_path):
+    falling = {**ALTERNATE, "estimators": {"es": ES, "backprop": {**ADAMW, "learning_rate_schedule": "linear"}}}
+    path = write_run(**LM, training={"steps": 3, "batch_size": 4, "probe_rows": 0}, schedule=falling)
+    trainer = build(load_run(path), display=Silence())
+    trainer.folder.prepare()
+    trainer.folder.write_config(trainer.config)
+    trainer._save()
+    with pytest.raises(UserError, match=r"training.steps was 3 and is now 9"):
+        train(path, "training.steps=9", resume=True)
 
 
 def test_ctrl_c_and_the_command_line(write_run, tmp_path):
@@ -215,16 +228,16 @@ def test_ctrl_c_and_the_command_line(write_run, tmp_path):
     assert newest_checkpoint(tmp_path / "out/checkpoints").name == f"step-{taken:08d}"
 
 
-def test_a_loss_that_blows_up_stops_with_a_checkpoint(write_run, tmp_path):
+def test_a_loss_that_blows_up_stops_and_weights_that_are_lost_are_not_saved(write_run, tmp_path):
     wild = {
         "estimators": {"backprop": {"type": "backprop", "optimizer": "SGD", "learning_rate": 1e30}},
         "schedule": {"type": "single", "estimator": "backprop"},
     }
-    with pytest.raises(UserError, match=r"estimator backprop: the loss is nan.*--resume"):
+    with pytest.raises(
+        UserError, match=r"estimator backprop: the loss is nan; lower the learning rates.*gradient_clipping$"
+    ):
         train(write_run(**LM, training={"steps": 5, "batch_size": 4, "probe_rows": 0}, schedule=wild))
-    assert (
-        newest_checkpoint(tmp_path / "out/checkpoints").name == f"step-{len(lines(tmp_path / 'out/metrics.jsonl')):08d}"
-    )
+    assert newest_checkpoint(tmp_path / "out/checkpoints") is None
 
 
 def test_lora_trains_adapters_alone_and_saves_a_whole_model(write_run, tmp_path):
@@ -241,6 +254,13 @@ def test_lora_trains_adapters_alone_and_saves_a_whole_model(write_run, tmp_path)
     again = evaluate(merged, objective, trainer.validation, torch.device("cpu"))
     assert again["loss"] == pytest.approx(summary.after["loss"], abs=1e-5)
     assert (tmp_path / "out/adapter/adapter_config.json").exists()
+
+
+def test_every_recipe_that_moves_layers_suits_adapters_too(write_run):
+    path = write_run(
+        **LM, peft={"r": 2}, training={"steps": 1, "batch_size": 2, "probe_rows": 0}, schedule="backprop_then_es"
+    )
+    assert train(path).steps == 1
 
 
 def test_a_model_from_random_weights_and_a_function_of_ones_own(write_run, tmp_path, monkeypatch):
@@ -311,9 +331,9 @@ def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
         save_checkpoint(tmp_path, 2, state)
     newest = newest_checkpoint(tmp_path)
     assert newest.name == "step-00000001"
-    loaded = load_checkpoint(newest, torch.device("cpu"))
+    loaded = load_checkpoint(newest)
     assert torch.equal(loaded["a"]["w.x/y"], torch.arange(3.0))
     assert loaded["b"] == state["b"]
     (newest / "tensors.safetensors").write_bytes(b"garbage")
     with pytest.raises(UserError, match="checkpoint cannot be read"):
-        load_checkpoint(newest, torch.device("cpu"))
+        load_checkpoint(newest)
