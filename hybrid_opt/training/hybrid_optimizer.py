@@ -23,7 +23,7 @@ from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.update_rules import UpdateRule, build_rule
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
-from hybrid_opt.estimators.contract import Cost, Estimator
+from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
@@ -121,44 +121,54 @@ class HybridOptimizer:
             raise UserError("objective: none was given, so pass step() a function that returns the losses")
         batch = None if callable(batch) else to_device(batch, self.engine.device)
         plan = self.schedule.plan(step, self.signals)
-        policy = self.policies[self.schedule.phase]
-        contributions, costs, durations = [], {}, {}
-        for name, weight in plan.items():
+        owned = {name: self.policies[self.schedule.phase].names(name) for name in plan}
+        estimates, costs, durations = {}, {}, {}
+        for name in plan:
             begun = time.perf_counter()
-            owned, key = policy.names(name), Key((self.seed, step)).fold(name)
-            try:
-                estimate, costs[name] = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
-                _refuse_not_finite(costs[name])
-            except UserError as error:
-                raise UserError(f"step {step}, estimator {name}: {error}") from error
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
-                    f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
-                ) from error
+            estimates[name], costs[name] = self._estimate(name, objective, batch, owned[name])
             durations[name] = time.perf_counter() - begun
-            rate = self.learning_rates[name](step)
-            contributions.append(Contribution(estimate, weight, owned, rate, self.rules[name]))
-        self.engine.apply(contributions)
+        rates = {name: self.learning_rates[name](step) for name in plan}
+        self.engine.apply(
+            [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan]
+        )
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
         rest = (seconds - sum(durations.values())) / len(durations)
-        forwards, backwards = (sum(getattr(c, kind) for c in costs.values()) for kind in ("forwards", "backwards"))
         report = StepReport(
             step=step,
             weights=plan,
             costs=costs,
-            learning_rates={name: c.learning_rate for name, c in zip(plan, contributions, strict=True)},
+            learning_rates=rates,
             loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
-            tokens=count_tokens(batch) * forwards,
+            tokens=count_tokens(batch) * sum(cost.forwards for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
         )
         self.signals = self.signals.updated(
-            tokens=report.tokens, forwards=forwards, backwards=backwards, seconds=report.seconds, loss=report.loss
+            tokens=report.tokens,
+            forwards=sum(cost.forwards for cost in costs.values()),
+            backwards=sum(cost.backwards for cost in costs.values()),
+            seconds=report.seconds,
+            loss=report.loss,
         )
         return report
+
+    def _estimate(self, name: str, objective: Objective, batch: Any, owned: list[str]) -> tuple[Estimate, Cost]:
+        """One estimator's estimate, with the step and its name in front of what goes wrong."""
+        step = self.signals.step
+        try:
+            key = Key((self.seed, step)).fold(name)
+            estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
+            _refuse_not_finite(cost)
+        except UserError as error:
+            raise UserError(f"step {step}, estimator {name}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
+                f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
+            ) from error
+        return estimate, cost
 
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
