@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, refuse_unsupported
+from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, supported_owners
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import Objective, count_examples, repeat
@@ -30,7 +30,7 @@ class LowRankPerturbation:
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Perturbation.check`."""
-        refuse_unsupported(engine.model, {name: engine.parameters[name] for name in names})
+        supported_owners(engine.model, {name: engine.parameters[name] for name in names})
 
     def evaluate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]

@@ -33,7 +33,7 @@ class Factors:
 
 @contextmanager
 def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors) -> Iterator[None]:
-    """Inside, the model's forward passes take batches of `members * rows` rows, member-major, each with its own weights.
+    """Inside, the model's forward passes take a batch repeated for all members, member-major, each with its own weights.
 
     Args:
         model: a model of nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm modules.
@@ -44,9 +44,7 @@ def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
         UserError: a parameter with noise belongs to another kind of module, or its module was never called inside, so
             that its noise had no part in the result.
     """
-    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
-    refuse_unsupported(model, noisy)
-    plan = _owners(model, noisy)
+    plan = supported_owners(model, {name: parameters[name] for name in (*factors.matrices, *factors.vectors)})
     called: set[nn.Module] = set()
     with ExitStack() as stack:
         for module, names in plan.items():
@@ -62,9 +60,14 @@ def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
             )
 
 
-def refuse_unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Raise UserError if one of the parameters cannot be evaluated low rank, naming it and the reason."""
-    for module, names in _owners(model, parameters).items():
+def supported_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
+    """For each module that owns some of the parameters: its attribute -> the parameter's name.
+
+    Raises:
+        UserError: one of the parameters cannot be evaluated low rank; naming it and the reason.
+    """
+    owners = _owners(model, parameters)
+    for module, names in owners.items():
         for name in names.values():
             reason = None
             if _family(module) is None:
@@ -76,10 +79,10 @@ def refuse_unsupported(model: nn.Module, parameters: Mapping[str, nn.Parameter])
                     f"policy: low rank noise cannot be evaluated for parameter {name} because {reason}; write perturbation: "
                     "{type: dense}, or a policy rule with use: frozen for it"
                 )
+    return owners
 
 
 def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
-    """For each module that owns some of the parameters: its attribute -> the parameter's name."""
     names = {id(p): name for name, p in parameters.items()}
     owners = {}
     for module in model.modules():
@@ -117,7 +120,7 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
     def attach(module, names, factors, called):
         def hook(module, args, kwargs, output):
             called(module)
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = _first(args, kwargs)
             _refuse_other_rows(module, x, names, factors)
             return correct(module, x, output, names, factors)
 
@@ -128,6 +131,11 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
             handle.remove()
 
     return attach
+
+
+def _first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """A module's input, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> None:
@@ -222,7 +230,7 @@ def _swapped_weight(module, names, factors, called):
 
     def before(module, args, kwargs):
         called(module)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
         module._parameters["weight"] = _of_each_row("weight", module, x, names, factors)
 

@@ -31,11 +31,9 @@ class Key:
         """A new key that also depends on `parts`."""
         return Key((*self.parts, *parts))
 
-    def seed(self, bits: int = 63) -> int:
-        """A non-negative integer of this many bits, for libraries that want a seed."""
-        return int.from_bytes(hashlib.blake2b(repr(self.parts).encode(), digest_size=8).digest(), "little") >> (
-            64 - bits
-        )
+    def seed(self) -> int:
+        """A non-negative integer of 63 bits, for libraries that want a seed."""
+        return int.from_bytes(hashlib.blake2b(repr(self.parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def block_size(device: torch.device) -> int:

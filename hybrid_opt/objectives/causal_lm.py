@@ -47,8 +47,7 @@ class CausalLmData:
         batch["labels"] = left_padded([[IGNORED] * len(e.prompt) + list(e.completion) for e in examples], IGNORED)[
             "input_ids"
         ]
-        # A completion of k tokens is predicted from the k positions before its last; nothing predicts a first token.
+        # A completion of k tokens is predicted from the k positions before its last; a row's first token from nothing.
         width = batch["input_ids"].shape[1]
         batch["logits_to_keep"] = min(width, max(len(e.completion) for e in examples) + 1)
-        batch["labels"][:, 0] = IGNORED
         return batch

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from hybrid_opt.config.schedule import Phases, Rule, ScheduleFile, acting_names
+from hybrid_opt.config.schedule import Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
 
@@ -60,19 +60,24 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
     """
     estimators = list(config.estimators)
     if not isinstance(config.schedule, Phases):
-        policies = {None: (config.schedule, resolve(config.policy, names, estimators, "policy"))}
+        policies = {None: resolve(config.policy, names, estimators, "policy")}
     else:
         policies = {}
         for i, phase in enumerate(config.schedule.phases):
             own = phase.policy is not None
             rules, where = (phase.policy, f"schedule.phases.{i}.policy") if own else (config.policy, "policy")
-            policies[i] = (phase.schedule, resolve(rules, names, estimators, where))
-    for phase, (schedule, policy) in policies.items():
-        for name in acting_names(schedule):
+            policies[i] = resolve(rules, names, estimators, where)
+    for phase, policy in policies.items():
+        for name in acting_in(config.schedule, phase):
             if not policy.names(name):
                 during = "" if phase is None else f" in phase {phase}"
                 raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
-    return {phase: policy for phase, (_, policy) in policies.items()}
+    return policies
+
+
+def acting_in(schedule: Schedule, phase: int | None) -> list[str]:
+    """Names of the estimators that act in a phase (in the whole run: None)."""
+    return acting_names(schedule if phase is None else schedule.phases[phase].schedule)
 
 
 def layer_number(name: str) -> int | None:

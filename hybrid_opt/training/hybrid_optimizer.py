@@ -29,7 +29,7 @@ from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
 from hybrid_opt.objectives.language_model import count_tokens
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
-from hybrid_opt.scheduling.policy import resolve_policies
+from hybrid_opt.scheduling.policy import acting_in, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 
@@ -93,8 +93,7 @@ class HybridOptimizer:
         self.engine = self._build_engine(model, engine)
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
         for phase, policy in self.policies.items():
-            schedule_of_phase = self.config.schedule if phase is None else self.config.schedule.phases[phase].schedule
-            for name in acting_names(schedule_of_phase):
+            for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)

@@ -185,14 +185,19 @@ def test_steps_after_the_last_checkpoint_are_taken_again(write_run, tmp_path):
     assert [row["step"] for row in lines(tmp_path / "out/metrics.jsonl")] == list(range(6))
 
 
-def test_a_changed_run_file_is_not_resumed(write_run, tmp_path):
-    path = write_run(
-        **LM, training={"steps": 3, "batch_size": 4, "probe_rows": 0, "checkpoint_every": 2}, schedule=ALTERNATE
-    )
+def leave_checkpoint(path):
+    """What a run leaves that is interrupted before its first step."""
     trainer = build(load_run(path), display=Silence())
     trainer.folder.prepare()
     trainer.folder.write_config(trainer.config)
     trainer._save()
+
+
+def test_a_changed_run_file_is_not_resumed(write_run, tmp_path):
+    path = write_run(
+        **LM, training={"steps": 3, "batch_size": 4, "probe_rows": 0, "checkpoint_every": 2}, schedule=ALTERNATE
+    )
+    leave_checkpoint(path)
     with pytest.raises(UserError, match=r"schedule.estimators.es.sigma was 0.01 and is now 0.5; change it back"):
         train(path, "schedule.estimators.es.sigma=0.5", resume=True)
     # A longer run is the same run, and a lower rate is what a diverging one needs.
@@ -203,10 +208,7 @@ def test_a_changed_run_file_is_not_resumed(write_run, tmp_path):
 def test_the_length_of_a_run_with_a_falling_rate_is_not_changed(write_run, tmp_path):
     falling = {**ALTERNATE, "estimators": {"es": ES, "backprop": {**ADAMW, "learning_rate_schedule": "linear"}}}
     path = write_run(**LM, training={"steps": 3, "batch_size": 4, "probe_rows": 0}, schedule=falling)
-    trainer = build(load_run(path), display=Silence())
-    trainer.folder.prepare()
-    trainer.folder.write_config(trainer.config)
-    trainer._save()
+    leave_checkpoint(path)
     with pytest.raises(UserError, match=r"training.steps was 3 and is now 9"):
         train(path, "training.steps=9", resume=True)
 
