@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | schema. Next: `config/loading.py`, then `training/build.py`.
+"""The command line: train | check | plan | schema | bench. Next: `config/loading.py`, then `training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -96,6 +96,58 @@ def plan(
     config, _ = _load(run, overrides, schedule)
     for line in timeline(config, steps or config.training.steps):
         Console().print(line, highlight=False)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Alias, folder or hub id.", show_default=False)],
+    members: Annotated[list[int], typer.Option(help="Population size; repeatable.")] = (32,),
+    batch: Annotated[list[int], typer.Option(help="Examples that each member sees; repeatable.")] = (1,),
+    tokens: Annotated[list[int], typer.Option(help="Tokens of an example; repeatable.")] = (32,),
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16; repeatable.")] = ("float32",),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rows: Annotated[
+        Optional[list[str]], typer.Option(help="Only this row, beside inference; repeatable.", show_default=False)
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed steps of each row, in turns.")] = 5,
+    members_per_forward: Annotated[
+        Optional[int], typer.Option(help="Of es_low_rank; left out: its own choice.", show_default=False)
+    ] = None,
+    master_weights: Annotated[
+        Optional[str], typer.Option(help="As in a run file's section engine.", show_default=False)
+    ] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory, a process a row.")] = True,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", metavar="FILE", help="Write the rows there.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure steps of ES, of MeZO and of backprop against plain inference on the same tokens."""
+    from hybrid_opt.studies import bench_plan
+
+    cases = bench_plan.plan_cases(
+        model, dtype, members, batch, tokens,
+        device=device, members_per_forward=members_per_forward, master_weights=master_weights,
+    )  # fmt: skip
+    names, notes = bench_plan.plan_rows(rows or ())
+    bench_plan.check_repeats(repeats)
+    bench_plan.check_json(json_file)
+    _quiet()
+    from rich.console import Console
+
+    from hybrid_opt.studies.bench import measure_case, ready_cases, write_json
+    from hybrid_opt.studies.bench_table import StatusLine, case_table, header_of, remarks
+
+    console, found = Console(width=None if sys.stdout.isatty() else 110), []  # a pipe has no width of its own
+    for case in ready_cases(cases):
+        with StatusLine() as status:
+            measured = measure_case(case, names, repeats=repeats, memory=memory, say=status.show)
+        found += measured
+        if json_file:
+            write_json(json_file, found)
+        console.print(header_of(measured), markup=False, highlight=False, soft_wrap=True)
+        console.print(case_table(measured))
+        for line in (*remarks(measured), *notes):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

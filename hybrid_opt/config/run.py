@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hybrid_opt.config.schedule import Backprop, ScheduleFile
+from hybrid_opt.config.schedule import Backprop, EvolutionStrategy, ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
 
 
@@ -156,9 +156,11 @@ class LocalEngine(Strict):
     type: Literal["local"]
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    master_weights: Literal["float32", "none"] = "float32"
-    """Copy of the weights that updates add up in, where the model's dtype is narrower: a bfloat16 weight loses most of
-    an update of 1e-5."""
+    master_weights: Literal["fp32", "stochastic_rounding", "none"] = "fp32"
+    """How small updates add up where the model's dtype is narrower than float32: in a float32 copy of the weights; by rounding
+    each update up or down at random, seeded, without a copy (bfloat16 only); or not (rounded to the nearest value, a
+    bfloat16 weight of 0.02 loses most of an update of 1e-5). The copy is the default because it loses nothing; it costs 4
+    bytes a weight."""
 
 
 def _path_or_inline(schema: dict[str, Any]) -> None:
@@ -198,6 +200,30 @@ class RunFile(Strict):
             raise ValueError("objective choice needs data.prompt, data.completion and data.choices")
         if self.data.choices and isinstance(self.objective, CausalLm):
             raise ValueError("objective causal_lm does not use data.choices; write choice, or drop data.choices")
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_suits_dtype(self):
+        if self.engine.master_weights == "stochastic_rounding" and self.model.dtype == "float16":
+            raise ValueError(
+                "engine.master_weights stochastic_rounding rounds to bfloat16, but model.dtype is float16; write fp32, or "
+                "dtype: bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _examples_suffice(self):
+        for name, estimator in self.schedule.estimators.items():
+            if not isinstance(estimator, EvolutionStrategy):
+                continue
+            groups = estimator.population_size // 2 if estimator.distinct_examples else 1
+            needed = groups * (estimator.examples_per_step or 1)
+            if needed > self.training.batch_size:
+                raise ValueError(
+                    f"the estimator {name!r} needs {needed} different examples a step, but training.batch_size is "
+                    f"{self.training.batch_size}; raise it to {needed}, or lower "
+                    + ("population_size or examples_per_step" if estimator.distinct_examples else "examples_per_step")
+                )
         return self
 
     @model_validator(mode="after")

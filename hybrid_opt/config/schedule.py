@@ -49,6 +49,9 @@ class DensePerturbation(Strict):
     type: Literal["dense"]
     distribution: Literal["gaussian", "rademacher"] = "gaussian"
     """Distribution of a noise value: standard normal, or -1 and +1 with equal probability."""
+    backup: Literal["layer", "model"] = "layer"
+    """Perturb each module while it runs, or write the whole model for each member and keep a copy of it: more memory, and
+    faster where a member's evaluation calls the model many times, such as in generation."""
 
 
 class LowRankPerturbation(Strict):
@@ -57,6 +60,9 @@ class LowRankPerturbation(Strict):
     type: Literal["low_rank"]
     noise_rank: PositiveInt = 1
     """Rank r of a matrix's perturbation (vectors always get full noise)."""
+    otherwise: Literal["refuse", "dense", "frozen"] = "refuse"
+    """What to do with a parameter that cannot be evaluated low rank (`hybrid-opt check` lists them): an error, dense noise
+    and one member a forward pass, or no noise and no update."""
 
 
 class SgdRule(Strict):
@@ -103,8 +109,17 @@ class EvolutionStrategy(LearningRate):
     """Form of the noise."""
     divide_by_sigma: bool = True
     """True: the estimate is `1/(N sigma) sum w eps` (gradient units); False: `1/N sum w eps` (EA4LLM, ES at Scale)."""
-    members_per_forward: PositiveInt = 8
-    """Members that share one forward pass (low rank only; dense evaluates one at a time)."""
+    members_per_forward: PositiveInt | Literal["auto"] = "auto"
+    """Members that share one forward pass (low rank only; dense evaluates one at a time). `auto`: as many as make it
+    efficient and fit in the free memory."""
+    micro_batch_size: PositiveInt | None = None
+    """Most examples of a member in a forward pass; null: all, as far as they fit in the free memory."""
+    examples_per_step: PositiveInt | None = None
+    """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
+    distinct_examples an even share)."""
+    distinct_examples: bool = False
+    """True: each antithetic pair sees examples of its own, so the same forward passes cover more data; False: all members
+    see the same ones."""
     update: Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")] = SgdRule(type="sgd")
     """Rule that turns this estimator's estimate into a change of the weights, its state held in float32."""
 
@@ -114,6 +129,15 @@ class EvolutionStrategy(LearningRate):
         if self.antithetic and n % 2:
             raise ValueError(
                 f"population_size {n} is odd, but antithetic members come in pairs; write {n + 1}, or antithetic: false"
+            )
+        if self.distinct_examples and not self.antithetic:
+            raise ValueError(
+                "distinct_examples compares the two members of a pair on the same examples, so it needs antithetic: true"
+            )
+        if self.distinct_examples and self.fitness_shaping == "centered_rank":
+            raise ValueError(
+                "fitness_shaping 'centered_rank' compares members that see different examples (distinct_examples); write "
+                "fitness_shaping: none or standardize"
             )
         if self.fitness_shaping == "standardize" and n < 5:
             raise ValueError(

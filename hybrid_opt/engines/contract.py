@@ -23,7 +23,8 @@ class Shard:
     name: str
     """Name of the parameter."""
     data: Tensor
-    """The weights that updates are added to: 1-D, float32 unless the engine keeps no master weights."""
+    """The weights that updates are added to: 1-D, float32; narrower only while nothing is being updated, in an engine that
+    keeps no master weights."""
     start: int
     """Index of `data[0]` in the flattened parameter."""
     shape: torch.Size
@@ -59,8 +60,8 @@ class Engine(Protocol):
         """This process's shards of the named parameters."""
         ...
 
-    def apply(self, contributions: Sequence[Contribution]) -> None:
-        """Apply all contributions of a step together.
+    def apply(self, contributions: Sequence[Contribution], step: int) -> None:
+        """Apply all contributions of a step, counted from 0, together.
 
         A parameter that a contribution without a rule may move goes through the optimizer, with every other
         contribution to it added to its gradient; any other is moved directly by each contribution's own rule.

@@ -1,10 +1,12 @@
 """The engine for one process: weights in plain torch tensors. Next: `../training/attribution.py`.
 
-One idea: updates are always written to master weights. For a float32 model these are the model's own weights; for a
-narrower one they are a float32 copy, from which the model's weights are rounded after each step.
+One idea: updates are always added to float32 weights. For a float32 model these are the model's own; for a narrower one
+they are a copy that is kept (master weights), or one parameter's copy made for the update and rounded back at once.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 
 from hybrid_opt.config.schedule import Backprop
 from hybrid_opt.engines.contract import Contribution, Shard
+from hybrid_opt.engines.rounding import round_stochastically
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
+from hybrid_opt.estimators.noise import Key
 
 
 class LocalEngine:
@@ -25,10 +29,13 @@ class LocalEngine:
         names: parameters that backprop may ever own, over all phases.
         movable: parameters that anybody may ever move; None: all. Only these get master weights.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-        master_weights: `float32` keeps a float32 copy of narrower weights; `none` updates them directly.
+        master_weights: for weights narrower than float32: `fp32` keeps a float32 copy, `stochastic_rounding` rounds each
+            update up or down at random (bfloat16 only), `none` rounds it to the nearest value.
+        seed: decides the rounding.
 
     Raises:
-        UserError: unknown device, nothing to train, or arguments that the optimizer does not take.
+        UserError: unknown device, nothing to train, arguments that the optimizer does not take, or stochastic rounding of
+            another dtype than bfloat16.
     """
 
     def __init__(
@@ -39,15 +46,20 @@ class LocalEngine:
         movable: Collection[str] | None = None,
         *,
         device: str = "auto",
-        master_weights: str = "float32",
+        master_weights: str = "fp32",
+        seed: int = 0,
     ):
         self.device = _device(device)
         self.model = model.to(self.device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("model: every parameter is frozen (requires_grad is False), so there is nothing to train")
+        self.stochastic = master_weights == "stochastic_rounding"
+        if self.stochastic:
+            _refuse_other_dtypes(self.parameters)
+        self.key = Key((seed, "rounding"))
         self.masters = {
-            name: _master(p, master_weights)
+            name: _master(p, keep=master_weights == "fp32")
             for name, p in self.parameters.items()
             if movable is None or name in movable
         }
@@ -60,17 +72,17 @@ class LocalEngine:
             yield Shard(name, self.masters[name].data.view(-1), 0, self.parameters[name].shape)
 
     @torch.no_grad()
-    def apply(self, contributions: Sequence[Contribution]) -> None:
+    def apply(self, contributions: Sequence[Contribution], step: int) -> None:
         """See `Engine.apply`."""
         with_optimizer = next((c for c in contributions if c.rule is None), None)
         owned = set(with_optimizer.names) if with_optimizer else set()
         if with_optimizer:
-            self._step_optimizer(contributions, owned, with_optimizer.learning_rate)
+            self._step_optimizer(contributions, owned, with_optimizer.learning_rate, step)
         for c in contributions:
             if c.rule is not None:
                 for shard in self.shards(set(c.names) - owned):
-                    gradient = WeightedSum([(c.weight, c.estimate)]).read(shard)
-                    c.rule.update(shard.name, shard.data, gradient, c.learning_rate)
+                    with self._wide(shard, step) as wide:
+                        c.rule.update(wide, c.estimate, c.weight, c.learning_rate)
         self._refresh({name for c in contributions for name in c.names})
 
     def state_dict(self) -> dict[str, Any]:
@@ -91,7 +103,8 @@ class LocalEngine:
             buffer.copy_(state["buffers"][name])
         if self.optimizer:
             by_number = {int(i): values for i, values in state["optimizer"]["state"].items()}
-            self.optimizer.load_state_dict({**state["optimizer"], "state": by_number})
+            with self._seen_as_float32():
+                self.optimizer.load_state_dict({**state["optimizer"], "state": by_number})
         self._refresh(self.masters)
 
     def is_finite(self) -> bool:
@@ -107,17 +120,60 @@ class LocalEngine:
         """The names in the model's order, so that a run does not depend on how a set happens to be ordered."""
         return [name for name in self.masters if name in names]
 
-    def _step_optimizer(self, contributions: Sequence[Contribution], owned: set[str], learning_rate: float) -> None:
+    def _step_optimizer(
+        self, contributions: Sequence[Contribution], owned: set[str], learning_rate: float, step: int
+    ) -> None:
         for shard in self.shards(owned):
             terms = [(c.weight, c.estimate) for c in contributions if shard.name in c.names]
             self.masters[shard.name].grad = WeightedSum(terms).read(shard).view(shard.shape).to(shard.data.dtype)
-        masters = [self.masters[name] for name in self._ordered(owned)]
+        masters = {name: self.masters[name] for name in self._ordered(owned)}
         if self.gradient_clipping is not None:
-            nn.utils.clip_grad_norm_(masters, self.gradient_clipping)
+            nn.utils.clip_grad_norm_(masters.values(), self.gradient_clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if all(master.dtype == torch.float32 for master in masters.values()):
+            self.optimizer.step()
+        else:
+            self._step_one_by_one(masters, step)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _step_one_by_one(self, masters: dict[str, nn.Parameter], step: int) -> None:
+        """Let the optimizer see each narrow weight in float32 while it steps; it leaves those without gradient alone."""
+        gradients = {name: master.grad for name, master in masters.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        for shard in self.shards(masters):
+            master = masters[shard.name]
+            narrow = master.data
+            with self._wide(shard, step) as wide:
+                master.data = wide.data.view(shard.shape)
+                master.grad = gradients.pop(shard.name).float()
+                self.optimizer.step()
+                master.grad, master.data = None, narrow
+
+    @contextmanager
+    def _wide(self, shard: Shard, step: int) -> Iterator[Shard]:
+        """The shard with float32 weights, which are rounded to its own at the end if it has narrower ones."""
+        if shard.data.dtype == torch.float32:
+            yield shard
+            return
+        wide = replace(shard, data=shard.data.float())
+        yield wide
+        if self.stochastic:
+            round_stochastically(wide.data, shard.data, self.key.fold(shard.name), step, shard.start)
+        else:
+            shard.data.copy_(wide.data)
+
+    @contextmanager
+    def _seen_as_float32(self) -> Iterator[None]:
+        """Inside, the optimizer takes all masters for float32, so that it does not round the moments that it loads."""
+        own = {name: master.data for name, master in self.masters.items()}
+        for master in self.masters.values():
+            master.data = torch.empty(0, device=master.device)
+        try:
+            yield
+        finally:
+            for name, data in own.items():
+                self.masters[name].data = data
 
     def _refresh(self, names: Collection[str]) -> None:
         """Round the masters to the model's weights where the two are not one."""
@@ -138,10 +194,19 @@ def _device(name: str) -> torch.device:
         raise UserError(f"engine.device: {name!r} cannot be used: {problem}; write auto or cpu") from None
 
 
-def _master(parameter: nn.Parameter, master_weights: str) -> Tensor:
-    if parameter.dtype == torch.float32 or master_weights == "none":
+def _master(parameter: nn.Parameter, *, keep: bool) -> nn.Parameter:
+    if parameter.dtype == torch.float32 or not keep:
         return parameter
     return nn.Parameter(parameter.detach().float().clone())
+
+
+def _refuse_other_dtypes(parameters: dict[str, nn.Parameter]) -> None:
+    for name, p in parameters.items():
+        if p.dtype not in (torch.float32, torch.bfloat16):
+            raise UserError(
+                f"engine.master_weights: stochastic_rounding rounds to bfloat16, but parameter {name} is "
+                f"{str(p.dtype).removeprefix('torch.')}; write fp32, or load the model in bfloat16"
+            )
 
 
 def _optimizer(backprop: Backprop | None, masters: list[Tensor]) -> torch.optim.Optimizer | None:

@@ -1,22 +1,26 @@
-"""Update rules: an estimate for a shard becomes a change of its weights. Next: `local.py`.
+"""Update rules: an estimate for a shard becomes a change of its weights. Next: `rounding.py`, then `local.py`.
 
 One idea: the state of a rule is held per shard in float32, so a rule works the same however weights are sharded, and
 reads one shard's estimate at a time, so the whole estimate is never in memory.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from hybrid_opt.config.schedule import AdamRule, MomentumRule, SgdRule
+from hybrid_opt.engines.contract import Shard
+
+if TYPE_CHECKING:
+    from hybrid_opt.estimators.contract import Estimate
 
 
 class UpdateRule(Protocol):
     """Moves weights along an estimate."""
 
-    def update(self, name: str, weights: Tensor, gradient: Tensor, learning_rate: float) -> None:
-        """Change `weights` (numel,) in place, given the estimate `gradient` (numel,) float32 for the same shard."""
+    def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
+        """Change the shard's weights in place, given g = weight * estimate; the weights are float32."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -31,9 +35,9 @@ class UpdateRule(Protocol):
 class Sgd:
     """`w <- w - learning_rate * g`."""
 
-    def update(self, name: str, weights: Tensor, gradient: Tensor, learning_rate: float) -> None:
-        """Take a step."""
-        subtract(weights, gradient, learning_rate)
+    def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
+        """Take a step; the estimate is added to the weights as it is made, so it takes no memory of its own."""
+        estimate.add_to(shard.data, shard, -learning_rate * weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
@@ -50,13 +54,13 @@ class Momentum:
         self.beta = beta
         self.running_sum: dict[str, Tensor] = {}
 
-    def update(self, name: str, weights: Tensor, gradient: Tensor, learning_rate: float) -> None:
+    def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Take a step."""
-        if name not in self.running_sum:
-            self.running_sum[name] = torch.zeros_like(gradient)
-        self.running_sum[name] = self.running_sum[name].to(gradient.device)  # a loaded one lies in main memory
-        m = self.running_sum[name].mul_(self.beta).add_(gradient)
-        subtract(weights, m, learning_rate)
+        m = self.running_sum.get(shard.name)
+        m = torch.zeros_like(shard.data) if m is None else m.to(shard.data.device)  # a loaded one lies in main memory
+        self.running_sum[shard.name] = m
+        estimate.add_to(m.mul_(self.beta), shard, weight)
+        shard.data.add_(m, alpha=-learning_rate)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running sums by parameter."""
@@ -74,8 +78,9 @@ class Adam:
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def update(self, name: str, weights: Tensor, gradient: Tensor, learning_rate: float) -> None:
+    def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Take a step."""
+        name, gradient = shard.name, estimate.read(shard).mul_(weight)
         if name not in self.moments:
             self.moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient), torch.zeros((), device="cpu"))
         first, second, count = self.moments[name]
@@ -85,7 +90,7 @@ class Adam:
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         root = (second / (1 - self.beta2 ** count.item())).sqrt_().add_(self.epsilon)
-        subtract(weights, first / root, learning_rate / (1 - self.beta1 ** count.item()))
+        shard.data.add_(root.reciprocal_().mul_(first), alpha=-learning_rate / (1 - self.beta1 ** count.item()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """First moment, second moment and number of steps by parameter."""
@@ -99,14 +104,6 @@ class Adam:
         """Put back what `state_dict` gave."""
         names = dict.fromkeys(key.rpartition("/")[0] for key in state)
         self.moments = {n: (state[f"{n}/first"], state[f"{n}/second"], state[f"{n}/steps"]) for n in names}
-
-
-def subtract(weights: Tensor, direction: Tensor, learning_rate: float) -> None:
-    """`weights -= learning_rate * direction`, added up in float32 and rounded once if the weights are narrower."""
-    if weights.dtype == torch.float32:
-        weights.add_(direction, alpha=-learning_rate)
-    else:
-        weights.copy_(weights.float().add_(direction, alpha=-learning_rate))
 
 
 def build_rule(config: SgdRule | MomentumRule | AdamRule) -> UpdateRule:

@@ -18,7 +18,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.modes import requiring_grad, training_mode
 from hybrid_opt.estimators.noise import Key
-from hybrid_opt.objectives.contract import Objective, count_examples, select
+from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,10 @@ class Gradients:
         if gradient is None:
             return torch.zeros_like(shard.data, dtype=torch.float32)
         return gradient.reshape(-1)[shard.start : shard.start + shard.data.numel()].float()
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """See `Estimate.add_to`."""
+        out.add_(self.read(shard), alpha=factor)
 
 
 class BackpropEstimator:
@@ -71,7 +75,7 @@ class BackpropEstimator:
         ):
             loss = self._backward(engine, lambda part: objective.losses(engine.model, part), batch)
             gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        return Gradients(gradients), Cost(loss=loss, forwards=1, backwards=1)
+        return Gradients(gradients), Cost(loss=loss, forwards=1, backwards=1, tokens=count_tokens(batch))
 
     def _backward(self, engine: Engine, losses_of: Callable[[Any], Tensor], batch: Any) -> float:
         """One backward pass for each part of the batch; gradients add up to that of the whole batch's mean."""

@@ -23,6 +23,10 @@ class Estimate(Protocol):
         """The part of the estimate that belongs to a shard: float32 (numel of the shard,), in gradient units."""
         ...
 
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """`out += factor * read(shard)` in place, out: float32 (numel of the shard,); it may need less memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -31,9 +35,11 @@ class Cost:
     loss: float
     """Mean loss of the step's examples; for ES over all members."""
     forwards: int
-    """Forward passes over the whole batch."""
+    """Forward passes: for ES one a member, over the examples that it sees."""
     backwards: int
-    """Backward passes over the whole batch."""
+    """Backward passes."""
+    tokens: int = 0
+    """Tokens that the forward passes processed, padding left out."""
     loss_spread: float | None = None
     """Standard deviation of the members' losses (ES)."""
 
@@ -59,9 +65,17 @@ class WeightedSum:
     terms: Sequence[tuple[float, Estimate]]
 
     def read(self, shard: Shard) -> Tensor:
-        """The sum for a shard; a single term of weight 1 is handed on without a copy."""
-        (weight, first), *others = self.terms
-        total = first.read(shard) if weight == 1 else weight * first.read(shard)
-        for weight, estimate in others:
-            total = torch.add(total, estimate.read(shard), alpha=weight)
-        return total
+        """The sum for a shard: float32 (numel,)."""
+        return zeros_and(self, shard)
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """Adds the terms one after the other, so no more than one is in memory at a time."""
+        for weight, estimate in self.terms:
+            estimate.add_to(out, shard, factor * weight)
+
+
+def zeros_and(estimate: Estimate, shard: Shard) -> Tensor:
+    """`read` for an estimate that is made by `add_to`."""
+    out = torch.zeros(shard.data.shape, device=shard.data.device)
+    estimate.add_to(out, shard, 1.0)
+    return out

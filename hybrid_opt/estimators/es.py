@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +16,15 @@ from hybrid_opt.config.schedule import DensePerturbation as DenseConfig
 from hybrid_opt.config.schedule import EvolutionStrategy
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.contract import Cost
+from hybrid_opt.estimators.contract import Cost, zeros_and
 from hybrid_opt.estimators.dense import DensePerturbation
+from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
 from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member, Perturbation
 from hybrid_opt.estimators.shaping import FITNESS_SHAPING
-from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class NoiseSum:
 
     def read(self, shard: Shard) -> Tensor:
         """The sum's slice for a shard: float32 (numel,)."""
-        return self.perturbation.combine(self.keys, self.coefficients, shard)
+        return zeros_and(self, shard)
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """See `Estimate.add_to`."""
+        self.perturbation.add_noise(self.keys, factor * self.coefficients, shard, out)
 
 
 class EsEstimator:
@@ -49,13 +55,7 @@ class EsEstimator:
 
     def __init__(self, config: EvolutionStrategy):
         self.config = config
-        self.perturbation: Perturbation
-        if isinstance(config.perturbation, DenseConfig):
-            self.perturbation = DensePerturbation(config.perturbation.distribution, config.sigma)
-        else:
-            self.perturbation = LowRankPerturbation(
-                config.perturbation.noise_rank, config.sigma, config.members_per_forward
-            )
+        self.perturbation: Perturbation = _build_perturbation(config)
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Estimator.check`."""
@@ -71,12 +71,19 @@ class EsEstimator:
             UserError: a member's loss is not finite.
         """
         members = self._members(key)
+        examples = self._examples(batch, key, len(members))
         with training_mode(engine.model, False):
-            losses = self.perturbation.evaluate(engine, objective, batch, names, members).mean(dim=1).cpu()
+            losses = self.perturbation.evaluate(engine, objective, batch, names, members, examples).mean(dim=1).cpu()
         self._check(losses)
         weights = FITNESS_SHAPING[self.config.fitness_shaping](losses)
         estimate = NoiseSum(self.perturbation, [m.key for m in members], self._coefficients(members, weights))
-        cost = Cost(losses.mean().item(), len(members), 0, loss_spread=losses.std(correction=0).item())
+        cost = Cost(
+            loss=losses.mean().item(),
+            forwards=len(members),
+            backwards=0,
+            tokens=_tokens(batch, examples, len(members)),
+            loss_spread=losses.std(correction=0).item(),
+        )
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
 
     def _members(self, key: Key) -> list[Member]:
@@ -84,6 +91,32 @@ class EsEstimator:
         if not self.config.antithetic:
             return [Member(key.fold(i), 1) for i in range(n)]
         return [Member(key.fold(i), sign) for i in range(n // 2) for sign in (1, -1)]
+
+    def _examples(self, batch: Any, key: Key, members: int) -> Tensor | None:
+        """Numbers of the examples that each member sees, (members, k) int64; None for a batch without tensors.
+
+        Examples are drawn without replacement: the same for all members (common random numbers), or others for each
+        antithetic pair.
+        """
+        count, wanted, pairs = count_examples(batch), self.config.examples_per_step, members // 2
+        if count is None:
+            if wanted or self.config.distinct_examples:
+                raise UserError(
+                    "examples_per_step and distinct_examples need a batch with tensors, to take examples from"
+                )
+            return None
+        if not (wanted or self.config.distinct_examples):
+            return torch.arange(count).expand(members, count)
+        groups = pairs if self.config.distinct_examples else 1
+        each = wanted or count // groups
+        if not 0 < groups * each <= count:
+            raise UserError(
+                f"a step needs {groups * max(1, each)} different examples, but its batch has {count}; raise batch_size, or lower "
+                + ("population_size or examples_per_step" if groups > 1 else "examples_per_step")
+            )
+        order = np.random.Generator(np.random.Philox(key.fold("examples").seed())).permutation(count)
+        drawn = torch.from_numpy(order[: groups * each]).view(groups, each)
+        return drawn.repeat_interleave(members // groups, dim=0)
 
     def _coefficients(self, members: Sequence[Member], weights: Tensor) -> Tensor:
         scale = len(members) * (self.config.sigma if self.config.divide_by_sigma else 1.0)
@@ -101,3 +134,19 @@ class EsEstimator:
 def _merge_pairs(estimate: NoiseSum) -> NoiseSum:
     """Both members of an antithetic pair have the same noise, so it need be generated only once."""
     return NoiseSum(estimate.perturbation, estimate.keys[::2], estimate.coefficients.view(-1, 2).sum(dim=1))
+
+
+def _tokens(batch: Any, examples: Tensor | None, members: int) -> int:
+    if examples is None:
+        return members * count_tokens(batch)
+    times = torch.bincount(examples.flatten()).tolist()
+    return sum(n * count_tokens(select(batch, torch.tensor([i]))) for i, n in enumerate(times) if n)
+
+
+def _build_perturbation(config: EvolutionStrategy) -> Perturbation:
+    members = None if config.members_per_forward == "auto" else config.members_per_forward
+    size = ForwardSize(members, config.micro_batch_size)
+    form = config.perturbation
+    if isinstance(form, DenseConfig):
+        return DensePerturbation(form.distribution, config.sigma, whole_model=form.backup == "model", forward_size=size)
+    return LowRankPerturbation(form.noise_rank, config.sigma, otherwise=form.otherwise, forward_size=size)

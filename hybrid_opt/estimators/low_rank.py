@@ -1,119 +1,232 @@
-"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `member_hooks.py`.
+"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `es.py`.
 
-One idea: a matrix's noise is `E = B A^T / sqrt(r)` with B (m, r) and A (n, r) standard normal, so a layer's output for a
+One idea: a matrix's noise is `E = B^T A / sqrt(r)` with B (r, m) and A (r, n) standard normal, so a layer's output for a
 perturbed matrix is its plain output plus two thin products, which can differ from row to row of a batch.
 Source: EGGROLL (arXiv 2511.16652).
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, supported_owners
+from hybrid_opt.estimators.dense import DensePerturbation
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece
+from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, refusal, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
-from hybrid_opt.objectives.contract import Objective, count_examples, repeat
+from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
+from hybrid_opt.objectives.contract import Objective, select
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """How each parameter is perturbed, as far as a rehearsal has shown that it can be."""
+
+    low_rank: Mapping[str, nn.Parameter]
+    dense: Mapping[str, nn.Parameter]
+    outside: Collection[str]
+    bytes_per_example: int
 
 
 class LowRankPerturbation:
-    """`W + sign * sigma / sqrt(r) * B A^T` for a matrix W (m, n); `w + sign * sigma * eps` for a vector."""
+    """`W + sign * sigma / sqrt(r) * B^T A` for a matrix W (m, n); `w + sign * sigma * eps` for a vector.
 
-    def __init__(self, noise_rank: int, sigma: float, members_per_forward: int):
+    Args:
+        otherwise: what to do with a parameter that cannot be evaluated this way: `refuse` it with an error, give it
+            `dense` noise (one member a forward pass), or leave it `frozen`.
+    """
+
+    def __init__(
+        self,
+        noise_rank: int,
+        sigma: float,
+        *,
+        otherwise: str = "refuse",
+        forward_size: ForwardSize | None = None,
+    ):
         self.noise_rank = noise_rank
         self.sigma = sigma
-        self.members_per_forward = members_per_forward
+        self.otherwise = otherwise
+        self.forward_size = forward_size or ForwardSize()
+        self.dense = DensePerturbation("gaussian", sigma)
+        self._forms: dict[frozenset[str], _Forms] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Perturbation.check`."""
-        supported_owners(engine.model, {name: engine.parameters[name] for name in names})
+        reasons = why_not(engine.model, {name: engine.parameters[name] for name in names})
+        if reasons and self.otherwise == "refuse":
+            raise UserError(refusal(*next(iter(reasons.items()))))
 
     def evaluate(
-        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]
+        self,
+        engine: Engine,
+        objective: Objective,
+        batch: Any,
+        names: Collection[str],
+        members: Sequence[Member],
+        examples: Tensor | None,
     ) -> Tensor:
-        """See `Perturbation.evaluate`. The batch is repeated for each member, member-major.
+        """See `Perturbation.evaluate`. A forward pass takes the examples of many members, member-major.
 
         Raises:
-            UserError: a parameter belongs to a module that cannot be evaluated this way; see `member_hooks`.
+            UserError: a parameter cannot be evaluated this way, and `otherwise` is `refuse`.
         """
-        shapes = {name: engine.parameters[name].shape for name in engine.parameters if name in names}
-        examples = count_examples(batch)  # None: a batch without tensors cannot be repeated, so members go one by one
-        parts = math.ceil(len(members) / self.members_per_forward) if examples is not None else len(members)
-        losses = []
-        for part in torch.arange(len(members)).tensor_split(parts):
-            some = [members[i] for i in part.tolist()]
-            rows = len(some) * (examples or 1)
-            with perturbed_members(engine.model, engine.parameters, self._factors(shapes, some, rows, engine.device)):
-                found = objective.losses(engine.model, repeat(batch, len(some)) if examples is not None else batch)
-            if examples is not None and len(found) != rows:
+        forms = self._rehearsed(engine, objective, batch, names)
+
+        def losses_of(piece: Piece) -> Tensor:
+            some = members[piece.members]
+            part, rows = batch, len(some)
+            if examples is not None:
+                numbers = examples[piece.members, piece.examples]
+                part, rows = select(batch, numbers.flatten()), numbers.numel()
+            with self._perturbed(engine.model, forms, some, rows):
+                losses = objective.losses(engine.model, part)
+            if examples is not None and len(losses) != rows:
                 raise UserError(
-                    f"objective: it returned {len(found)} losses for a batch of {rows} examples; return one for each, and let "
+                    f"objective: it returned {len(losses)} losses for a batch of {rows} examples; return one for each, and let "
                     "the first dimension of every tensor in a batch be the examples"
                 )
-            losses.append(found.float().view(len(some), -1))
-        return torch.cat(losses)
+            return losses.float().view(len(some), -1)
 
-    def combine(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard) -> Tensor:
-        """See `Perturbation.combine`. For a matrix, one product: `sum_i (c_i B_i) A_i^T = [c_i B_i]_i [A_i]_i^T`."""
-        device, count = shard.data.device, shard.data.numel()
-        c = coefficients.to(device, torch.float32)
-        keys = [key.fold(shard.name) for key in keys]
-        if len(shard.shape) != 2:
-            return c @ gaussian(keys, shard.start, count, device)
-        r, n = self.noise_rank, shard.shape[1]
-        first, last = shard.start // n, -(-(shard.start + count) // n)  # the rows that the shard touches
-        a = gaussian(_side(keys, "A"), 0, n * r, device).view(-1, n, r)
-        b = gaussian(_side(keys, "B"), first * r, (last - first) * r, device).view(-1, last - first, r)
-        b = b * (c / math.sqrt(r))[:, None, None]
-        product = b.permute(1, 0, 2).flatten(1) @ a.permute(0, 2, 1).flatten(0, 1)
-        offset = shard.start - first * n
-        return product.view(-1)[offset : offset + count]
-
-    def _factors(
-        self, shapes: dict[str, torch.Size], members: Sequence[Member], rows: int, device: torch.device
-    ) -> Factors:
-        """Each member's noise, scaled and signed, ready to be multiplied with activations."""
-        directions = list(dict.fromkeys(m.key for m in members))
-        row = torch.tensor([directions.index(m.key) for m in members], device=device)
-        scale = torch.tensor([m.sign * self.sigma for m in members], device=device)
-        sides: dict[str, list[tuple[str, int]]] = {name: self._sides(shape) for name, shape in shapes.items()}
-        draws = _draw_alike(
-            [(name, side, count) for name, pairs in sides.items() for side, count in pairs], directions, device
+        if examples is None:  # a batch without tensors cannot be repeated, so members go one by one
+            return torch.cat([losses_of(Piece(slice(i, i + 1), slice(None))) for i in range(len(members))])
+        return self.forward_size.evaluate(
+            losses_of,
+            batch,
+            examples,
+            _members_per_direction(members),
+            forms.bytes_per_example,
+            engine.device,
+            most=1 if forms.dense else None,
         )
-        factors = Factors(len(members), rows, {}, {})
-        for name, shape in shapes.items():
+
+    def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:
+        """See `Perturbation.add_noise`. For a matrix, one product: `sum_i (c_i B_i)^T A_i = [c_i B_i]^T [A_i]`."""
+        form = self._form_of(shard.name)
+        if form == "dense":
+            return self.dense.add_noise(keys, coefficients, shard, out)
+        if form == "frozen":
+            return None
+        keys, device = [key.fold(shard.name) for key in keys], out.device
+        c = coefficients.to(device, torch.float32)
+        if len(shard.shape) != 2:
+            out.addmv_(gaussian(keys, shard.start, len(out), device).T, c)
+            return None
+        n = shard.shape[1]
+        first, last = shard.start // n, -(-(shard.start + len(out)) // n)  # the rows that the shard touches
+        a, b = self._sides(keys, shard.shape, first, last, device)
+        left, right = (b * (c / math.sqrt(self.noise_rank))[:, None, None]).flatten(0, 1).T, a.flatten(0, 1)
+        if len(out) == (last - first) * n:
+            out.view(-1, n).addmm_(left, right)  # in place: the product itself would be as large as the matrix
+        else:
+            offset = shard.start - first * n
+            out += (left @ right).view(-1)[offset : offset + len(out)]
+        return None
+
+    @contextmanager
+    def perturbed(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int):
+        """Inside, forward passes take `rows` rows, member-major: as many for each member, with the member's weights.
+
+        For example `model.generate` for a batch of prompts that was repeated for each member.
+
+        Args:
+            members: one after another with equal keys next to each other, such as both members of an antithetic pair.
+
+        Raises:
+            UserError: see `perturbed_members`.
+        """
+        with perturbed_members(model, parameters, self._factors(parameters, members, rows)):
+            yield
+
+    def _perturbed(self, model: nn.Module, forms: _Forms, members: Sequence[Member], rows: int) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self.perturbed(model, forms.low_rank, members, rows))
+        if forms.dense:
+            (member,) = members
+            stack.enter_context(self.dense.perturbed(model, forms.dense, member, forms.outside))
+        return stack
+
+    def _factors(self, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int) -> Factors:
+        together = _members_per_direction(members)
+        directions = [m.key for m in members[::together]]
+        device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+        scale = torch.tensor([m.sign * self.sigma for m in members], device=device).view(-1, together)
+        factors = Factors(rows, scale, {}, {})
+        for names in _of_equal_shape(parameters):
+            shape = parameters[names[0]].shape
+            keys = [key.fold(name) for name in names for key in directions]
             if len(shape) == 2:
-                a = draws[name, "A"][row].view(len(members), shape[1], self.noise_rank)
-                b = draws[name, "B"][row].view(len(members), shape[0], self.noise_rank)
-                factors.matrices[name] = (a, b * (scale / math.sqrt(self.noise_rank))[:, None, None])
+                dtype = parameters[names[0]].dtype
+                sides = self._sides(keys, shape, 0, shape[0], device)
+                a, b = (side.to(dtype).view(len(names), len(directions), *side.shape[1:]) for side in sides)
+                factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
-                factors.vectors[name] = draws[name, ""][row].mul_(scale[:, None]).view(len(members), *shape)
+                noise = gaussian(keys, 0, shape.numel(), device).view(len(names), len(directions), *shape)
+                factors.vectors.update(zip(names, noise, strict=True))
         return factors
 
-    def _sides(self, shape: torch.Size) -> list[tuple[str, int]]:
-        if len(shape) == 2:
-            return [("A", shape[1] * self.noise_rank), ("B", shape[0] * self.noise_rank)]
-        return [("", shape.numel())]
+    def _sides(
+        self, keys: Sequence[Key], shape: torch.Size, first: int, last: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """A (keys, r, n), and B (keys, r, last - first) for some of the rows; a key's A comes before its B."""
+        r, (m, n) = self.noise_rank, shape
+        if (first, last) == (0, m):
+            a, b = gaussian(keys, 0, r * (n + m), device).split([r * n, r * m], dim=1)
+            return a.view(-1, r, n), b.view(-1, r, m)
+        a = gaussian(keys, 0, r * n, device)
+        b = [gaussian(keys, r * n + k * m + first, last - first, device) for k in range(r)]
+        return a.view(-1, r, n), torch.stack(b, dim=1)
+
+    def _form_of(self, name: str) -> str:
+        for forms in self._forms.values():
+            if name in forms.low_rank:
+                return "low_rank"
+            if name in forms.dense:
+                return "dense"
+        return "frozen" if self._forms else "low_rank"
+
+    def _rehearsed(self, engine: Engine, objective: Objective, batch: Any, names: Collection[str]) -> _Forms:
+        key = frozenset(names)
+        if key not in self._forms:
+            parameters = {name: p for name, p in engine.parameters.items() if name in key}
+            found = rehearse(engine.model, objective, batch, parameters)
+            reasons = _found_reasons(found) | why_not(engine.model, parameters)
+            if reasons and self.otherwise == "refuse":
+                raise UserError(refusal(*next(iter(reasons.items()))))
+            low_rank = {name: p for name, p in parameters.items() if name not in reasons}
+            dense = {name: parameters[name] for name in reasons} if self.otherwise == "dense" else {}
+            self._forms[key] = _Forms(low_rank, dense, found.outside, found.bytes_per_example)
+        return self._forms[key]
 
 
-def _side(keys: Sequence[Key], side: str) -> list[Key]:
-    return [key.fold(side) for key in keys] if side else list(keys)
+def _members_per_direction(members: Sequence[Member]) -> int:
+    """2 if members come in pairs of the same noise, one after the other; else 1."""
+    paired = len(members) % 2 == 0 and all(a.key == b.key for a, b in zip(members[::2], members[1::2], strict=True))
+    return 2 if paired else 1
 
 
-def _draw_alike(
-    wanted: Iterable[tuple[str, str, int]], directions: Sequence[Key], device: torch.device
-) -> dict[tuple[str, str], Tensor]:
-    """Noise (directions, count) for each (name, side, count); equal counts are drawn together, which is much faster."""
-    by_count: dict[int, list[tuple[str, str]]] = {}
-    for name, side, count in wanted:
-        by_count.setdefault(count, []).append((name, side))
-    draws = {}
-    for count, pairs in by_count.items():
-        keys = [key for name, side in pairs for key in _side([d.fold(name) for d in directions], side)]
-        values = gaussian(keys, 0, count, device).view(len(pairs), len(directions), count)
-        draws.update(zip(pairs, values, strict=True))
-    return draws
+def _of_equal_shape(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """Names by shape and dtype: noise for many tensors at once is much faster than for each."""
+    groups: dict[Any, list[str]] = {}
+    for name, p in parameters.items():
+        groups.setdefault((p.shape, p.dtype), []).append(name)
+    return list(groups.values())
+
+
+def _found_reasons(found: Rehearsal) -> dict[str, str]:
+    reasons = dict.fromkeys(found.uncalled, "the forward pass does not call the module that it belongs to")
+    reasons |= dict.fromkeys(found.outside, "it is used outside its own module's forward pass")
+    for name, rows in found.fixed_rows.items():
+        if rows != 1:  # a single row is dealt out to all members
+            reasons[name] = (
+                f"its module is called with {rows} rows whatever the number of examples, so the rows of different members "
+                "cannot be told apart"
+            )
+    return reasons

@@ -1,10 +1,11 @@
-"""Hooks that make each row of a batch see its own member's weights. Next: `es.py`.
+"""Hooks that make each row of a batch see its own member's weights. Next: `low_rank.py`.
 
-One idea: rows come member-major, so a module's input (members * rows, ...) is viewed as (members, rows * ..., features), and
+One idea: rows come member-major, so a module's input (members * rows, ...) is viewed as (directions, rows * ..., features), and
 what the perturbation adds to the output is a batched product. Weights are only read, so it does not matter where they
 are stored or that the rows of other members use them at the same time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,24 +17,40 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.swapping import owners_of
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Noise of several members, scaled and signed."""
+    """Noise of the members that share a forward pass.
 
-    members: int
+    Members come in the order of their directions, as many of each; the members of a direction share its noise.
+    """
+
     rows: int
     """Examples of all members together; every module's input has a multiple of them as its first dimension."""
+    scale: Tensor
+    """Sign times sigma of each member: (directions, members of each) float32."""
     matrices: dict[str, tuple[Tensor, Tensor]]
-    """For a matrix (m, n): A (members, n, r) and B (members, m, r) with noise `B A^T`."""
+    """For a matrix (m, n): A (directions, r, n) and B (directions, r, m), standard normal, in the matrix's dtype; a
+    member's noise is `scale / sqrt(r) B^T A`."""
     vectors: dict[str, Tensor]
-    """For any other parameter: (members, *shape)."""
+    """For any other parameter: (directions, *shape) float32."""
+
+    def by_direction(self, x: Tensor) -> Tensor:
+        """(members * rows, ..., features) as (directions, members of each * rows * ..., features)."""
+        return x.reshape(len(self.scale), -1, x.shape[-1])
+
+    def scale_of_each_row(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Each row's scale, where a direction has `count` rows: (directions, count)."""
+        return self.scale.to(dtype).repeat_interleave(count // self.scale.shape[1], dim=1)
 
 
 @contextmanager
 def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors) -> Iterator[None]:
     """Inside, the model's forward passes take a batch repeated for all members, member-major, each with its own weights.
+
+    Generation with a key-value cache is a sequence of such passes and works too.
 
     Args:
         model: a model of nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm modules.
@@ -41,60 +58,42 @@ def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], 
         factors: noise for some of the parameters.
 
     Raises:
-        UserError: a parameter with noise belongs to another kind of module, or its module was never called inside, so
-            that its noise had no part in the result.
+        UserError: a parameter with noise belongs to another kind of module, or a module gets rows that cannot be told
+            apart by member.
     """
-    plan = supported_owners(model, {name: parameters[name] for name in (*factors.matrices, *factors.vectors)})
-    called: set[nn.Module] = set()
+    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
+    if reasons := why_not(model, noisy):
+        raise UserError(refusal(*next(iter(reasons.items()))))
     with ExitStack() as stack:
-        for module, names in plan.items():
-            attach = _family(module)
-            stack.enter_context(attach(module, names, factors, called.add))
+        for module, names in owners_of(model, noisy).items():
+            stack.enter_context(_family(module)(module, names, factors))
         yield
-    for module, names in plan.items():
-        if module not in called:
-            raise UserError(
-                f"policy: the forward pass does not call the {type(module).__name__} module of parameter "
-                f"{next(iter(names.values()))}, so low rank noise cannot reach it; write perturbation: {{type: dense}}, or a policy rule with "
-                "use: frozen for it"
-            )
 
 
-def supported_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
-    """For each module that owns some of the parameters: its attribute -> the parameter's name.
-
-    Raises:
-        UserError: one of the parameters cannot be evaluated low rank; naming it and the reason.
-    """
-    owners = _owners(model, parameters)
-    for module, names in owners.items():
+def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The parameters whose low rank noise cannot be evaluated, each with the reason."""
+    reasons = {}
+    for module, names in owners_of(model, parameters).items():
         for name in names.values():
-            reason = None
             if _family(module) is None:
-                reason = f"it belongs to a {type(module).__name__} module"
+                reasons[name] = f"it belongs to a {type(module).__name__} module"
             elif parameters[name].dim() > 2:
-                reason = f"it has {parameters[name].dim()} dimensions"
-            if reason:
-                raise UserError(
-                    f"policy: low rank noise cannot be evaluated for parameter {name} because {reason}; write perturbation: "
-                    "{type: dense}, or a policy rule with use: frozen for it"
-                )
-    return owners
+                reasons[name] = f"it has {parameters[name].dim()} dimensions"
+    return reasons
 
 
-def _owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[nn.Module, dict[str, str]]:
-    names = {id(p): name for name, p in parameters.items()}
-    owners = {}
-    for module in model.modules():
-        own = {a: names[id(p)] for a, p in module.named_parameters(recurse=False) if id(p) in names}
-        if own:
-            owners[module] = own
-    return owners
+def refusal(name: str, reason: str) -> str:
+    """What to tell a user about such a parameter."""
+    return (
+        f"policy: low rank noise cannot be evaluated for parameter {name} because {reason}; write in the estimator perturbation: "
+        "{type: low_rank, otherwise: dense} (such parameters get dense noise, one member a forward pass) or otherwise: frozen, "
+        "or a policy rule with use: frozen for it"
+    )
 
 
 # ---------------------------------------------------------------- kinds of modules
 
-Attach = Callable[[nn.Module, dict[str, str], Factors, Callable[[nn.Module], None]], Any]
+Attach = Callable[[nn.Module, dict[str, str], Factors], Any]
 
 
 def _family(module: nn.Module) -> Attach | None:
@@ -117,10 +116,12 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
     """Attach by a hook that corrects the module's output."""
 
     @contextmanager
-    def attach(module, names, factors, called):
+    def attach(module, names, factors):
         def hook(module, args, kwargs, output):
-            called(module)
             x = _first(args, kwargs)
+            if len(x) == 1 < factors.rows:  # one row for everybody, such as positions; members part here
+                x = x.expand(factors.rows, *x.shape[1:])
+                output = output.repeat(factors.rows, *[1] * (output.dim() - 1))
             _refuse_other_rows(module, x, names, factors)
             return correct(module, x, output, names, factors)
 
@@ -141,39 +142,51 @@ def _first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> None:
     """Rows that are not the batch's (positions shared by all, tokens sorted to experts) have no member of their own."""
     if len(x) % factors.rows:
-        raise UserError(
-            f"policy: the {type(module).__name__} module of parameter {next(iter(names.values()))} is called with {len(x)} rows "
-            f"for {factors.rows} examples, so the rows of different members cannot be told apart; let the objective pass "
-            "position_ids for every row, or write perturbation: {type: dense}"
+        reason = (
+            f"its {type(module).__name__} module is called with {len(x)} rows for {factors.rows} examples, so the rows of "
+            "different members cannot be told apart"
         )
+        raise UserError(refusal(next(iter(names.values())), reason))
 
 
 def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
-    """`y + (x A) B^T + bias noise`; x (members * rows, ..., in), y (members * rows, ..., out)."""
-    m = factors.members
-    flat = y.reshape(m, -1, y.shape[-1])
+    """`y + scale / sqrt(r) (x A^T) B + bias noise`; x (members * rows, ..., in), y (members * rows, ..., out)."""
+    flat = factors.by_direction(y)
     if "weight" in names:
         a, b = factors.matrices[names["weight"]]
         if type(module).__name__ == "Conv1D":  # its weight is (in, out), the transpose of a Linear's
             a, b = b, a
-        flat.baddbmm_(x.reshape(m, -1, x.shape[-1]) @ a.to(x.dtype), b.to(x.dtype).mT)  # y is fresh: nobody else's
+        # The transposed product (directions, r, rows) is the fast one of a batched product with so few columns.
+        _add_outer(flat, a.to(x.dtype) @ factors.by_direction(x).mT, b, factors)
     if "bias" in names:
-        flat += factors.vectors[names["bias"]].to(y.dtype).unsqueeze(1)
+        noise = factors.vectors[names["bias"]].to(y.dtype)
+        flat.addcmul_(factors.scale_of_each_row(flat.shape[1], y.dtype).unsqueeze(-1), noise.unsqueeze(1))
     return flat.view(y.shape)
 
 
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
-    """`y + B[ids] A^T`; ids (members * rows, ...), y (members * rows, ..., features)."""
+    """`y + scale / sqrt(r) B[:, ids]^T A`; ids (members * rows, ...), y (members * rows, ..., features)."""
     a, b = factors.matrices[names["weight"]]
-    rows = ids.reshape(factors.members, -1)
-    picked = b.gather(1, rows.unsqueeze(-1).expand(-1, -1, b.shape[-1]))
-    return torch.baddbmm(y.reshape(factors.members, -1, y.shape[-1]), picked.to(y.dtype), a.to(y.dtype).mT).view(
-        y.shape
-    )
+    rows = ids.reshape(len(a), 1, -1).expand(-1, b.shape[1], -1)
+    flat = factors.by_direction(y)
+    _add_outer(flat, b.to(y.dtype).gather(2, rows), a, factors)
+    return flat.view(y.shape)
+
+
+def _add_outer(y: Tensor, left: Tensor, right: Tensor, factors: Factors) -> None:
+    """`y += scale / sqrt(r) left^T right` in place, for a fresh y (directions, rows, out), left (directions, r, rows)."""
+    r = left.shape[1]
+    left = left * (factors.scale_of_each_row(y.shape[1], left.dtype) / math.sqrt(r)).unsqueeze(1)
+    right = right.to(y.dtype)
+    if y.device.type == "cpu" and r <= 4:  # a fused multiply-add over y is some six times as fast as a thin product
+        for k in range(r):
+            y.addcmul_(left[:, k, :, None], right[:, k, None, :])
+    else:
+        y.baddbmm_(left.mT, right)
 
 
 @contextmanager
-def _on_lookup(module, names, factors, called):
+def _on_lookup(module, names, factors):
     """For embeddings that do more than look up rows (scale them, count positions): correct the lookup inside."""
     own = module.__dict__.get("forward")
     forward = module.forward
@@ -182,9 +195,12 @@ def _on_lookup(module, names, factors, called):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if function is F.embedding and args[1] is module.weight:
-                called(module)
-                _refuse_other_rows(module, args[0], names, factors)
-                return _embedding(module, args[0], result, names, factors)
+                ids = args[0]
+                if len(ids) == 1 < factors.rows:
+                    ids = ids.expand(factors.rows, *ids.shape[1:])
+                    result = result.repeat(factors.rows, *[1] * (result.dim() - 1))
+                _refuse_other_rows(module, ids, names, factors)
+                return _embedding(module, ids, result, names, factors)
             return result
 
     def corrected(*args, **kwargs):
@@ -220,16 +236,17 @@ def _of_each_row(attribute: str, module: nn.Module, x: Tensor, names: dict[str, 
     parameter = getattr(module, attribute)
     if attribute not in names:
         return parameter
-    rows = (parameter.float() + factors.vectors[names[attribute]]).repeat_interleave(len(x) // factors.members, dim=0)
+    noise = factors.vectors[names[attribute]].flatten(1).unsqueeze(1) * factors.scale.unsqueeze(-1)
+    of_each = noise.flatten(0, 1).view(-1, *parameter.shape) + parameter.float()
+    rows = of_each.repeat_interleave(len(x) // len(of_each), dim=0)
     return rows.view(len(x), *[1] * (x.dim() - 1 - parameter.dim()), *parameter.shape)
 
 
 @contextmanager
-def _swapped_weight(module, names, factors, called):
+def _swapped_weight(module, names, factors):
     """For the RMSNorm classes of transformers, whose formulas differ: let them compute with each row's own weight."""
 
     def before(module, args, kwargs):
-        called(module)
         x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
         module._parameters["weight"] = _of_each_row("weight", module, x, names, factors)

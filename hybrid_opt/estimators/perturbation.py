@@ -1,7 +1,7 @@
-"""What a perturbation is: how a noise direction changes the weights. Next: `dense.py`, then `low_rank.py`.
+"""What a perturbation is: how a noise direction changes the weights. Next: `rehearsal.py`, then `dense.py`, `low_rank.py`.
 
-One idea: a perturbation does two things with the same noise. `evaluate` finds the members' losses, `combine` adds up the
-directions once their coefficients are known. In between there is nothing to keep but keys.
+One idea: a perturbation does two things with the same noise. `evaluate` finds the members' losses, `add_noise` adds up the
+directions once their coefficients are known. In between there is nothing that must be kept but keys.
 """
 
 from collections.abc import Collection, Sequence
@@ -33,11 +33,22 @@ class Perturbation(Protocol):
         ...
 
     def evaluate(
-        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], members: Sequence[Member]
+        self,
+        engine: Engine,
+        objective: Objective,
+        batch: Any,
+        names: Collection[str],
+        members: Sequence[Member],
+        examples: Tensor | None,
     ) -> Tensor:
-        """Losses of each member on each example of the batch: (members, examples), on the engine's device."""
+        """Losses of each member: (members, examples of each) float32, on the engine's device.
+
+        Args:
+            examples: numbers of the batch's examples that each member sees, (members, k) int64; None: a batch without
+                tensors, which every member sees whole.
+        """
         ...
 
-    def combine(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard) -> Tensor:
-        """`sum_i coefficients_i * noise(key_i)` for a shard, without sigma: float32 (numel,)."""
+    def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:
+        """`out += sum_i coefficients_i * noise(key_i)` for a shard, without sigma; out: float32 (numel of the shard,)."""
         ...

@@ -5,12 +5,11 @@ from typing import Any
 
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from hybrid_opt.config.run import Data
 from hybrid_opt.objectives.examples import Example, encode_examples
-from hybrid_opt.objectives.language_model import IGNORED, last_logits, left_padded, pad_token
+from hybrid_opt.objectives.language_model import IGNORED, cross_entropies, last_logits, left_padded, pad_token
 
 
 class CausalLmObjective:
@@ -21,10 +20,9 @@ class CausalLmObjective:
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """See `Objective.losses`: (examples,) float32."""
         keep = batch["logits_to_keep"]
-        logits = last_logits(model, batch, keep)[:, :-1].float()
         labels = batch["labels"][:, -keep + 1 :]
-        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
-        return losses.view(labels.shape).sum(1) / (labels != IGNORED).sum(1)
+        losses = cross_entropies(last_logits(model, batch, keep, skip=1), labels)
+        return losses.sum(1) / (labels != IGNORED).sum(1)
 
     def measures(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses."""

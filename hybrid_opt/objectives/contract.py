@@ -94,6 +94,22 @@ def count_examples(batch: Any) -> int | None:
     return sizes[0] if sizes else None
 
 
+def count_elements(batch: Any) -> int:
+    """Elements of an example in the batch's largest tensor: for token ids the number of tokens."""
+    sizes = [0]
+    map_tensors(lambda t: sizes.append(t.numel() // max(1, len(t))) or t if t.dim() else t, batch)
+    return max(sizes)
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens in a batch that are not padding; 0 for a batch that is not of token ids."""
+    if isinstance(batch, dict) and "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if isinstance(batch, dict) and "input_ids" in batch:
+        return batch["input_ids"].numel()
+    return 0
+
+
 def select(batch: Any, examples: Tensor) -> Any:
     """The batch with these of its examples, by number, in this order; a number may come several times.
 

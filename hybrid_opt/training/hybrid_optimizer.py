@@ -27,7 +27,6 @@ from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
-from hybrid_opt.objectives.language_model import count_tokens
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
@@ -128,7 +127,8 @@ class HybridOptimizer:
             durations[name] = time.perf_counter() - begun
         rates = {name: self.learning_rates[name](step) for name in plan}
         self.engine.apply(
-            [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan]
+            [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan],
+            step,
         )
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
@@ -140,7 +140,7 @@ class HybridOptimizer:
             costs=costs,
             learning_rates=rates,
             loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
-            tokens=count_tokens(batch) * sum(cost.forwards for cost in costs.values()),
+            tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
         )
@@ -201,7 +201,12 @@ class HybridOptimizer:
         movable = {parameter for policy in self.policies.values() for parameter, who in policy.owners.items() if who}
         try:
             return LocalEngine(
-                model, self.config.estimators.get(name), owned, movable, **config.model_dump(exclude={"type"})
+                model,
+                self.config.estimators.get(name),
+                owned,
+                movable,
+                seed=self.seed,
+                **config.model_dump(exclude={"type"}),
             )
         except UserError as error:
             raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError
+from hybrid_opt.memory import peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, IterableBatches
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.attribution import Attribution
@@ -21,7 +22,6 @@ from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
 from hybrid_opt.training.interrupt import stop_requests
-from hybrid_opt.training.memory import peak_memory_bytes
 from hybrid_opt.training.progress import Display, ProgressBar
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model

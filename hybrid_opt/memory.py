@@ -1,0 +1,57 @@
+"""Memory of the device and of this process."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """On CUDA the most memory allocated on the device so far, elsewhere the process's largest resident size so far.
+
+    0 where the operating system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():  # Linux: getrusage would count what the parent process had before this one was started
+        return _kilobytes(STATUS, "VmHWM")
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Memory that this process could still allocate on a device.
+
+    On CUDA what is free and what torch holds in reserve; on Linux what is available to the machine, or to the process's
+    container if that is less; elsewhere 4 GiB, because the operating system has no common way to tell."""
+    if device.type == "cuda":
+        reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserve
+    if not MEMINFO.exists():
+        return 4 << 30
+    return min(_kilobytes(MEMINFO, "MemAvailable"), _left_in_container())
+
+
+def _left_in_container() -> int:
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    try:
+        return max(0, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no such file, or "max": no limit
+        return sys.maxsize
+
+
+def _kilobytes(file: Path, field: str) -> int:
+    """A line such as `VmHWM:   12345 kB`, in bytes; 0 if there is none."""
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,1 @@
+"""Measurements of the package itself. `bench_plan.py`: what the command `bench` measures; `bench.py`: how."""

@@ -1,0 +1,176 @@
+"""What `hybrid-opt bench` measures: its rows, and the cases that its options name; no torch. Next: `bench_rows.py`.
+
+One idea: a case is a model in one dtype at one shape, and everything wrong with the options is said before any model is
+loaded.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from hybrid_opt.config.run import LocalEngine, Model
+from hybrid_opt.errors import UserError, did_you_mean
+
+ROWS = (
+    "inference",
+    "es_low_rank",
+    "es_dense",
+    "mezo_loop",
+    "backprop_sgd",
+    "backprop_adamw",
+    "backprop_checkpointing",
+    "lora",
+)
+"""In the order in which they are measured; every row takes one step over the same members * examples * tokens."""
+MEMBER_ROWS = ("inference", "es_low_rank", "es_dense", "mezo_loop")
+"""Rows whose step is one evaluation for each member; the others' step is one evaluation of all rows together."""
+DTYPES = get_args(Model.model_fields["dtype"].annotation)
+DEVICES = ("auto", "cpu", "cuda")
+_MASTER_WEIGHTS = LocalEngine.model_fields["master_weights"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model in one dtype at one shape."""
+
+    model: str
+    """Alias, folder or hub id."""
+    dtype: str
+    """Type of the model's weights."""
+    members: int
+    """Population size; MeZO evaluates half as many pairs."""
+    examples: int
+    """Examples that each member sees."""
+    tokens: int
+    """Tokens of an example."""
+    device: str
+    """`auto`, `cpu` or `cuda`."""
+    members_per_forward: int | None
+    """Of es_low_rank; None: the estimator's default."""
+    master_weights: str
+    """As in a run file's `engine` section; MeZO has none."""
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        return f"{self.dtype}, {self.members} members x {self.examples} examples x {self.tokens} tokens"
+
+
+def plan_cases(
+    model: str,
+    dtypes: Sequence[str],
+    members: Sequence[int],
+    batch: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    device: str = "auto",
+    members_per_forward: int | None = None,
+    master_weights: str | None = None,
+) -> list[Case]:
+    """Every dtype at every shape. Shapes are the three lists side by side; a list of one serves all.
+
+    Args:
+        members_per_forward: members that share a forward pass in es_low_rank; None: the estimator's default.
+        master_weights: how updates add up below float32; None: the engine's default.
+
+    Raises:
+        UserError: an option's value cannot be used, or the lists are of different lengths.
+    """
+    for dtype in dtypes:
+        _one_of("--dtype", dtype, DTYPES)
+    _one_of("--device", device, DEVICES)
+    master_weights = _MASTER_WEIGHTS.default if master_weights is None else master_weights
+    _one_of("--master-weights", master_weights, get_args(_MASTER_WEIGHTS.annotation))
+    if members_per_forward is not None:
+        _at_least("--members-per-forward", members_per_forward, 1)
+    shapes = list(_shapes(members, batch, tokens))
+    return [
+        Case(model, dtype, m, b, t, device, members_per_forward, master_weights)
+        for dtype in dtypes
+        for m, b, t in shapes
+    ]
+
+
+def plan_rows(names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The rows with these names in the order of `ROWS`, `inference` among them, and lines on what was left out.
+
+    No names: all rows.
+
+    Raises:
+        UserError: there is no such row.
+    """
+    for name in names:
+        _one_of("--rows", name, ROWS)
+    chosen = [name for name in ROWS if name == "inference" or name in (names or ROWS)]
+    if "lora" in chosen and importlib.util.find_spec("peft") is None:
+        chosen.remove("lora")
+        return chosen, ["lora is left out: the library peft is not installed (pip install 'hybrid-opt[peft]')"]
+    return chosen, []
+
+
+def check_json(path: Path | None) -> None:
+    """Whether the file could be written at the end.
+
+    Raises:
+        UserError: its folder is not there, or it is no place for a file.
+    """
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"command line: --json {path}: there is no folder {folder}; make it, or choose another file")
+    if path.is_dir():
+        raise UserError(f"command line: --json {path} is a folder; write a file's name, such as {path / 'bench.json'}")
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"command line: --json {path}: the folder {folder} cannot be written to; choose another file")
+
+
+def check_repeats(repeats: int) -> None:
+    """Whether there is anything to take a median of.
+
+    Raises:
+        UserError: there is not.
+    """
+    _at_least("--repeats", repeats, 1)
+
+
+def _shapes(members: Sequence[int], batch: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    for m in members:
+        _suits_es(m)
+    for b in batch:
+        _at_least("--batch", b, 1)
+    for t in tokens:
+        _at_least("--tokens", t, 2)  # a token is predicted from the ones before
+    lists = {"--members": members, "--batch": batch, "--tokens": tokens}
+    longest = max(lists, key=lambda option: len(lists[option]))
+    count = len(lists[longest])
+    for option, values in lists.items():
+        if len(values) not in (1, count):
+            raise UserError(
+                f"command line: {option} is given {len(values)} times, but {longest} {count} times; shapes are made from "
+                f"them side by side, so give {option} once or {count} times"
+            )
+    return zip(*(values if len(values) == count else list(values) * count for values in lists.values()), strict=True)
+
+
+def _suits_es(members: int) -> None:
+    if members < 6 or members % 2:
+        raise UserError(
+            f"command line: --members {members}: members come in antithetic pairs and their losses are standardized, so write "
+            f"an even number from 6 on, such as {max(6, members + members % 2)}"
+        )
+
+
+def _at_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"command line: {option} {value}: write {least} or more")
+
+
+def _one_of(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(
+            f"command line: {option} {value!r}: write one of {', '.join(known)}{did_you_mean(value, known)}"
+        )

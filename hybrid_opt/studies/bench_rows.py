@@ -1,0 +1,159 @@
+"""One step of each row of `hybrid-opt bench`, as a function without arguments. Next: `mezo_loop.py`, `bench.py`.
+
+One idea: all rows see the same random tokens and the same loss, so they differ in their method alone.
+"""
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hybrid_opt.config.run import Data, LocalEngine, Lora, Model
+from hybrid_opt.errors import UserError
+from hybrid_opt.models.loading import load_model
+from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
+from hybrid_opt.objectives.contract import to_device
+from hybrid_opt.objectives.examples import Example
+from hybrid_opt.studies.bench_plan import Case
+from hybrid_opt.studies.mezo_loop import mezo_step
+from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
+
+SIGMA, LEARNING_RATE = 1e-3, 1e-6
+_DENSE = {"type": "dense", "distribution": "gaussian"}
+_LOW_RANK = {"type": "low_rank", "noise_rank": 1}
+_ADAMW = {"type": "backprop", "optimizer": "AdamW"}
+
+Step = Callable[[], Any]
+"""Takes one whole step."""
+
+
+def load_for(row: str, case: Case) -> PreTrainedModel:
+    """The model that a row moves, in evaluation mode on the case's device; for `lora` with adapters.
+
+    Raises:
+        UserError: the model cannot be loaded, or has no room there.
+    """
+    model = load_model(Model(name=case.model, dtype=case.dtype), Lora() if row == "lora" else None, seed=0)
+    try:
+        return model.to(case.device).eval()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"command line: MODEL: {case.model!r} does not fit into the memory of {case.device}") from error
+
+
+def build_step(row: str, case: Case, model: nn.Module) -> Step:
+    """A row's step on a model that `load_for` gave; rows without adapters may share one.
+
+    Raises:
+        UserError: the row's method does not work on this model.
+    """
+    one, all_members = (token_batch(case, model, members) for members in (1, case.members))
+    match row:
+        case "inference":
+            return _inference(model, all_members)
+        case "mezo_loop":
+            return _mezo(case, model, one)
+        case "es_low_rank":
+            together = case.members_per_forward
+            es = _es(case, _LOW_RANK) | ({"members_per_forward": together} if together else {})
+            return _hybrid(case, model, es, one)
+        case "es_dense":
+            return _hybrid(case, model, _es(case, _DENSE), one)
+        case "backprop_sgd":
+            return _hybrid(case, model, {"type": "backprop", "optimizer": "SGD"}, all_members)
+        case "backprop_adamw" | "lora":
+            return _hybrid(case, model, _ADAMW, all_members)
+        case "backprop_checkpointing":
+            return _hybrid(case, model, {**_ADAMW, "gradient_checkpointing": True}, all_members)
+    raise AssertionError(row)
+
+
+def token_batch(case: Case, model: nn.Module, members: int) -> dict[str, Any]:
+    """The case's random examples, repeated for each member: a batch of (members * examples, tokens) for the loss.
+
+    The loss is the mean cross-entropy of every token but an example's first.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (case.examples, case.tokens), generator=torch.Generator().manual_seed(0))
+    # Rows are of one length, so the tokenizer's only part in a batch, the token to pad with, is never used.
+    data = CausalLmData(Data(train="random", text="text"), SimpleNamespace(pad_token_id=0, eos_token_id=None))
+    batch = data.collate([Example((), row) for row in ids.tolist()] * members)
+    return to_device(batch, torch.device(case.device))
+
+
+def forward_arguments(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with which the objective calls the model, found by stopping it at that call.
+
+    So the plain model computes the logits that the loss needs, whichever these are.
+    """
+    asked: dict[str, Any] = {}
+
+    def stop(module: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
+        asked.update(named)
+        raise _Stopped
+
+    handle = model.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        CausalLmObjective().losses(model, batch)
+    except _Stopped:
+        pass
+    finally:
+        handle.remove()
+    assert asked, "the objective is expected to call the model with named arguments"
+    return asked
+
+
+def problem_of(error: BaseException) -> str:
+    """In a few words why a row has no result."""
+    text = str(error)
+    lack = (MemoryError, torch.OutOfMemoryError)
+    if isinstance(error, lack) or isinstance(error.__cause__, lack) or "allocate memory" in text:
+        return OUT_OF_MEMORY
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+OUT_OF_MEMORY = "out of memory"
+FAILURES = (UserError, RuntimeError, MemoryError)
+"""What building a row or taking its step may raise: torch says with a RuntimeError that memory is short on the CPU."""
+
+
+class _Stopped(Exception):
+    """The objective has called the model."""
+
+
+def _inference(model: nn.Module, batch: dict[str, Any]) -> Step:
+    arguments = forward_arguments(model, batch)
+
+    @torch.inference_mode()
+    def step():
+        return model(**arguments).logits
+
+    return step
+
+
+def _mezo(case: Case, model: nn.Module, batch: dict[str, Any]) -> Step:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    objective, seeds = CausalLmObjective(), itertools.count()
+
+    def step():
+        pairs = list(itertools.islice(seeds, case.members // 2))
+        return mezo_step(parameters, lambda: objective.losses(model, batch).mean(), pairs, SIGMA, LEARNING_RATE)
+
+    return step
+
+
+def _es(case: Case, perturbation: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "es", "population_size": case.members, "sigma": SIGMA, "perturbation": perturbation}
+
+
+def _hybrid(case: Case, model: nn.Module, estimator: dict[str, Any], batch: dict[str, Any]) -> Step:
+    schedule = {
+        "estimators": {"it": {**estimator, "learning_rate": LEARNING_RATE}},
+        "schedule": {"type": "single", "estimator": "it"},
+    }
+    engine = LocalEngine(type="local", device=case.device, master_weights=case.master_weights)
+    hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=schedule, engine=engine)
+    return lambda: hybrid.step(batch)
