@@ -6,8 +6,8 @@ Source: EGGROLL (arXiv 2511.16652).
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,22 @@ from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece
-from hybrid_opt.estimators.member_hooks import Factors, perturbed_members, refusal, why_not
+from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, refusal, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
 from hybrid_opt.objectives.contract import Objective, select
+
+KEPT_BYTES = 256 << 20
+"""Most memory for noise that is kept from a step's evaluation to its update."""
 
 
 @dataclass(frozen=True)
 class _Forms:
     """How each parameter is perturbed, as far as a rehearsal has shown that it can be."""
 
-    low_rank: Mapping[str, nn.Parameter]
+    hooks: MemberHooks
+    """For the parameters that are perturbed low rank."""
     dense: Mapping[str, nn.Parameter]
     outside: Collection[str]
     bytes_per_example: int
@@ -57,6 +61,7 @@ class LowRankPerturbation:
         self.forward_size = forward_size or ForwardSize()
         self.dense = DensePerturbation("gaussian", sigma)
         self._forms: dict[frozenset[str], _Forms] = {}
+        self._drawn = _DrawnNoise()
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Perturbation.check`."""
@@ -79,6 +84,7 @@ class LowRankPerturbation:
             UserError: a parameter cannot be evaluated this way, and `otherwise` is `refuse`.
         """
         forms = self._rehearsed(engine, objective, batch, names)
+        self._drawn.forget()
 
         def losses_of(piece: Piece) -> Tensor:
             some = members[piece.members]
@@ -114,24 +120,29 @@ class LowRankPerturbation:
             return self.dense.add_noise(keys, coefficients, shard, out)
         if form == "frozen":
             return None
-        keys, device = [key.fold(shard.name) for key in keys], out.device
-        c = coefficients.to(device, torch.float32)
+        c = coefficients.to(out.device, torch.float32)
         if len(shard.shape) != 2:
-            out.addmv_(gaussian(keys, shard.start, len(out), device).T, c)
+            noise = self._drawn.recall(keys, shard.name, shard.start, shard.start + len(out))
+            if noise is None:
+                noise = [gaussian([key.fold(shard.name) for key in keys], shard.start, len(out), out.device)]
+            out.addmv_(noise[0].T, c)
             return None
         n = shard.shape[1]
         first, last = shard.start // n, -(-(shard.start + len(out)) // n)  # the rows that the shard touches
-        a, b = self._sides(keys, shard.shape, first, last, device)
-        left, right = (b * (c / math.sqrt(self.noise_rank))[:, None, None]).flatten(0, 1).T, a.flatten(0, 1)
+        sides = self._drawn.recall(keys, shard.name, first, last)
+        if sides is None:
+            sides = self._sides([key.fold(shard.name) for key in keys], shard.shape, first, last, out.device)
+        b, a = (side.flatten(0, 1) for side in sides)
+        left = (b * c.repeat_interleave(self.noise_rank).unsqueeze(1)).T
         if len(out) == (last - first) * n:
-            out.view(-1, n).addmm_(left, right)  # in place: the product itself would be as large as the matrix
+            out.view(-1, n).addmm_(left, a)  # in place: the product itself would be as large as the matrix
         else:
             offset = shard.start - first * n
-            out += (left @ right).view(-1)[offset : offset + len(out)]
+            out += (left @ a).view(-1)[offset : offset + len(out)]
         return None
 
     @contextmanager
-    def perturbed(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int):
+    def perturbed(self, hooks: MemberHooks, members: Sequence[Member], rows: int) -> Iterator[None]:
         """Inside, forward passes take `rows` rows, member-major: as many for each member, with the member's weights.
 
         For example `model.generate` for a batch of prompts that was repeated for each member.
@@ -140,18 +151,20 @@ class LowRankPerturbation:
             members: one after another with equal keys next to each other, such as both members of an antithetic pair.
 
         Raises:
-            UserError: see `perturbed_members`.
+            UserError: see `MemberHooks.attached`.
         """
-        with perturbed_members(model, parameters, self._factors(parameters, members, rows)):
+        with hooks.attached(self._factors(hooks.parameters, members, rows)):
             yield
 
-    def _perturbed(self, model: nn.Module, forms: _Forms, members: Sequence[Member], rows: int) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self.perturbed(model, forms.low_rank, members, rows))
-        if forms.dense:
+    @contextmanager
+    def _perturbed(self, model: nn.Module, forms: _Forms, members: Sequence[Member], rows: int) -> Iterator[None]:
+        with self.perturbed(forms.hooks, members, rows):
+            if not forms.dense:
+                yield
+                return
             (member,) = members
-            stack.enter_context(self.dense.perturbed(model, forms.dense, member, forms.outside))
-        return stack
+            with self.dense.perturbed(model, forms.dense, member, forms.outside):
+                yield
 
     def _factors(self, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int) -> Factors:
         together = _members_per_direction(members)
@@ -160,33 +173,39 @@ class LowRankPerturbation:
         scale = torch.tensor([m.sign * self.sigma for m in members], device=device).view(-1, together)
         factors = Factors(rows, scale, {}, {})
         for names in _of_equal_shape(parameters):
-            shape = parameters[names[0]].shape
+            p = parameters[names[0]]
             keys = [key.fold(name) for name in names for key in directions]
-            if len(shape) == 2:
-                dtype = parameters[names[0]].dtype
-                sides = self._sides(keys, shape, 0, shape[0], device)
-                a, b = (side.to(dtype).view(len(names), len(directions), *side.shape[1:]) for side in sides)
+            count = self.noise_rank * sum(p.shape) if p.dim() == 2 else p.numel()
+            noise = gaussian(keys, 0, count, device, out=self._drawn.memory(len(keys), count, device))
+            drawn = self._split(noise, p.shape) if p.dim() == 2 else (noise,)
+            drawn = [noise.view(len(names), len(directions), *noise.shape[1:]) for noise in drawn]
+            self._drawn.keep(names, directions, drawn)
+            if p.dim() == 2:
+                b, a = (side.to(p.dtype) for side in drawn)
                 factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
-                noise = gaussian(keys, 0, shape.numel(), device).view(len(names), len(directions), *shape)
-                factors.vectors.update(zip(names, noise, strict=True))
+                factors.vectors.update(zip(names, drawn[0].unflatten(-1, p.shape), strict=True))
         return factors
 
     def _sides(
         self, keys: Sequence[Key], shape: torch.Size, first: int, last: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """A (keys, r, n), and B (keys, r, last - first) for some of the rows; a key's A comes before its B."""
+        """`B / sqrt(r)` (keys, r, last - first) for some of the rows, and A (keys, r, n), which comes first in a key's noise."""
         r, (m, n) = self.noise_rank, shape
         if (first, last) == (0, m):
-            a, b = gaussian(keys, 0, r * (n + m), device).split([r * n, r * m], dim=1)
-            return a.view(-1, r, n), b.view(-1, r, m)
+            return self._split(gaussian(keys, 0, r * (n + m), device), shape)
         a = gaussian(keys, 0, r * n, device)
         b = [gaussian(keys, r * n + k * m + first, last - first, device) for k in range(r)]
-        return a.view(-1, r, n), torch.stack(b, dim=1)
+        return torch.stack(b, dim=1).div_(math.sqrt(r)), a.view(-1, r, n)
+
+    def _split(self, noise: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        r, (m, n) = self.noise_rank, shape
+        a, b = noise.split([r * n, r * m], dim=1)
+        return (b.div_(math.sqrt(r)) if r > 1 else b).view(-1, r, m), a.view(-1, r, n)
 
     def _form_of(self, name: str) -> str:
         for forms in self._forms.values():
-            if name in forms.low_rank:
+            if name in forms.hooks.parameters:
                 return "low_rank"
             if name in forms.dense:
                 return "dense"
@@ -202,8 +221,61 @@ class LowRankPerturbation:
                 raise UserError(refusal(*next(iter(reasons.items()))))
             low_rank = {name: p for name, p in parameters.items() if name not in reasons}
             dense = {name: parameters[name] for name in reasons} if self.otherwise == "dense" else {}
-            self._forms[key] = _Forms(low_rank, dense, found.outside, found.bytes_per_example)
+            self._forms[key] = _Forms(
+                MemberHooks(engine.model, low_rank), dense, found.outside, found.bytes_per_example
+            )
         return self._forms[key]
+
+
+class _DrawnNoise:
+    """Factors drawn for a step's evaluation, kept for its update as far as they take little memory.
+
+    Drawing them again gives the same values, so this saves time only.
+    """
+
+    def __init__(self):
+        self._memory: list[Tensor] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self._used = 0
+        self._pieces: dict[str, list[list[Tensor]]] = {}
+        self._directions: dict[str, list[Key]] = {}
+        self._bytes = 0
+
+    def memory(self, keys: int, count: int, device: torch.device) -> Tensor | None:
+        """Memory (keys, count) float32 that the step before used at this place, or new memory that the next one will find.
+
+        New memory would take longer to get from the operating system than to be filled. None: there is no room to keep it.
+        """
+        self._bytes += 4 * keys * count
+        if self._bytes > KEPT_BYTES:
+            return None
+        if self._used == len(self._memory) or self._memory[self._used].shape != (keys, count):
+            del self._memory[self._used :]
+            self._memory.append(torch.empty(keys, count, device=device))
+        self._used += 1
+        return self._memory[self._used - 1]
+
+    def keep(self, names: Sequence[str], directions: list[Key], drawn: Sequence[Tensor]) -> None:
+        """Noise of several parameters, one or two tensors (names, directions, ...)."""
+        if self._bytes > KEPT_BYTES:
+            self._pieces.clear()
+            self._directions.clear()
+            return
+        for name, *noise in zip(names, *drawn, strict=True):
+            self._pieces.setdefault(name, []).append(noise)
+            self._directions.setdefault(name, []).extend(directions)
+
+    def recall(self, keys: Sequence[Key], name: str, first: int, last: int) -> list[Tensor] | None:
+        """The noise for all the keys, the first tensor's last dimension cut to `first` to `last`; None if some is not here."""
+        if self._directions.get(name) != list(keys):
+            return None
+        first_tensor, *others = (
+            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._pieces[name], strict=True)
+        )
+        return [first_tensor[..., first:last], *others]
 
 
 def _members_per_direction(members: Sequence[Member]) -> int:

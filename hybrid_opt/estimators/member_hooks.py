@@ -5,10 +5,9 @@ what the perturbation adds to the output is a batched product. Weights are only 
 are stored or that the rows of other members use them at the same time.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +31,8 @@ class Factors:
     scale: Tensor
     """Sign times sigma of each member: (directions, members of each) float32."""
     matrices: dict[str, tuple[Tensor, Tensor]]
-    """For a matrix (m, n): A (directions, r, n) and B (directions, r, m), standard normal, in the matrix's dtype; a
-    member's noise is `scale / sqrt(r) B^T A`."""
+    """For a matrix (m, n): A (directions, r, n) and B (directions, r, m) in the matrix's dtype; a member's noise is
+    `scale B^T A`."""
     vectors: dict[str, Tensor]
     """For any other parameter: (directions, *shape) float32."""
 
@@ -43,31 +42,44 @@ class Factors:
 
     def scale_of_each_row(self, count: int, dtype: torch.dtype) -> Tensor:
         """Each row's scale, where a direction has `count` rows: (directions, count)."""
-        return self.scale.to(dtype).repeat_interleave(count // self.scale.shape[1], dim=1)
+        if (count, dtype) not in self._row_scales:
+            each = self.scale.repeat_interleave(count // self.scale.shape[1], dim=1)
+            self._row_scales[count, dtype] = each.to(dtype)
+        return self._row_scales[count, dtype]
+
+    _row_scales: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
 
 
-@contextmanager
-def perturbed_members(model: nn.Module, parameters: Mapping[str, nn.Parameter], factors: Factors) -> Iterator[None]:
-    """Inside, the model's forward passes take a batch repeated for all members, member-major, each with its own weights.
-
-    Generation with a key-value cache is a sequence of such passes and works too.
+class MemberHooks:
+    """Makes a model's forward passes serve several members.
 
     Args:
         model: a model of nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm modules.
-        parameters: the parameters by name, to find the modules that own them; a tied one may have several.
-        factors: noise for some of the parameters.
+        parameters: those that get noise, by name; a tied one may have several owners.
 
     Raises:
-        UserError: a parameter with noise belongs to another kind of module, or a module gets rows that cannot be told
-            apart by member.
+        UserError: one of the parameters belongs to another kind of module.
     """
-    noisy = {name: parameters[name] for name in (*factors.matrices, *factors.vectors)}
-    if reasons := why_not(model, noisy):
-        raise UserError(refusal(*next(iter(reasons.items()))))
-    with ExitStack() as stack:
-        for module, names in owners_of(model, noisy).items():
-            stack.enter_context(_family(module)(module, names, factors))
-        yield
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+        if reasons := why_not(model, parameters):
+            raise UserError(refusal(*next(iter(reasons.items()))))
+        self.parameters = parameters
+        self._attach = [(_family(module), module, names) for module, names in owners_of(model, parameters).items()]
+
+    @contextmanager
+    def attached(self, factors: Factors) -> Iterator[None]:
+        """Inside, forward passes take a batch repeated for all members, member-major, each with its own weights.
+
+        Generation with a key-value cache is a sequence of such passes and works too.
+
+        Raises:
+            UserError: a module gets rows that cannot be told apart by member.
+        """
+        with ExitStack() as stack:
+            for attach, module, names in self._attach:
+                stack.enter_context(attach(module, names, factors))
+            yield
 
 
 def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -77,6 +89,8 @@ def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
         for name in names.values():
             if _family(module) is None:
                 reasons[name] = f"it belongs to a {type(module).__name__} module"
+            elif "forward" in vars(module):
+                reasons[name] = f"the forward of its {type(module).__name__} module has been replaced"
             elif parameters[name].dim() > 2:
                 reasons[name] = f"it has {parameters[name].dim()} dimensions"
     return reasons
@@ -100,7 +114,7 @@ def _family(module: nn.Module) -> Attach | None:
     """How to attach noise to a module, or None if there is no way. A forward of one's own may do anything: no way."""
     forward = type(module).forward
     if forward is nn.Linear.forward or type(module).__name__ == "Conv1D":
-        return _on_output(_linear)
+        return _linear
     if forward is nn.Embedding.forward:
         return _on_output(_embedding)
     if isinstance(module, nn.Embedding):
@@ -149,46 +163,64 @@ def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], fact
         raise UserError(refusal(next(iter(names.values())), reason))
 
 
-def _linear(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
-    """`y + scale / sqrt(r) (x A^T) B + bias noise`; x (members * rows, ..., in), y (members * rows, ..., out)."""
-    flat = factors.by_direction(y)
-    if "weight" in names:
-        a, b = factors.matrices[names["weight"]]
-        if type(module).__name__ == "Conv1D":  # its weight is (in, out), the transpose of a Linear's
-            a, b = b, a
-        # The transposed product (directions, r, rows) is the fast one of a batched product with so few columns.
-        _add_outer(flat, a.to(x.dtype) @ factors.by_direction(x).mT, b, factors)
-    if "bias" in names:
-        noise = factors.vectors[names["bias"]].to(y.dtype)
-        flat.addcmul_(factors.scale_of_each_row(flat.shape[1], y.dtype).unsqueeze(-1), noise.unsqueeze(1))
-    return flat.view(y.shape)
+@contextmanager
+def _linear(module, names, factors):
+    """For nn.Linear and Conv1D: `y = x W^T + scale (x A^T) B + bias + bias noise`.
+
+    The noise's part is written first and the large product added to it, which takes no longer than the product alone.
+    """
+    is_conv1d = type(module).__name__ == "Conv1D"  # its weight is (in, out), the transpose of a Linear's
+
+    def forward(x):
+        if len(x) == 1 < factors.rows:  # one row for everybody; members part here
+            x = x.expand(factors.rows, *x.shape[1:])
+        _refuse_other_rows(module, x, names, factors)
+        flat = factors.by_direction(x)
+        y = _bias(module, flat, names, factors)
+        if "weight" in names:
+            a, b = factors.matrices[names["weight"]]
+            if is_conv1d:
+                a, b = b, a
+            # The transposed product (directions, r, rows) is the fast one of a batched product with so few columns.
+            y = _plus_outer(y, a @ flat.mT, b, factors)
+        y = y.flatten(0, 1).addmm_(flat.flatten(0, 1), module.weight if is_conv1d else module.weight.T)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    with _forward_replaced(module, forward):
+        yield
+
+
+def _bias(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> Tensor | None:
+    """The bias of each row, (directions, rows, out), or (out,) if it has no noise, or None."""
+    if "bias" not in names:
+        return module.bias
+    noise = factors.vectors[names["bias"]].to(x.dtype).unsqueeze(1)
+    return torch.addcmul(module.bias, factors.scale_of_each_row(x.shape[1], x.dtype).unsqueeze(-1), noise)
 
 
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
-    """`y + scale / sqrt(r) B[:, ids]^T A`; ids (members * rows, ...), y (members * rows, ..., features)."""
+    """`y + scale B[:, ids]^T A`; ids (members * rows, ...), y (members * rows, ..., features)."""
     a, b = factors.matrices[names["weight"]]
     rows = ids.reshape(len(a), 1, -1).expand(-1, b.shape[1], -1)
     flat = factors.by_direction(y)
-    _add_outer(flat, b.to(y.dtype).gather(2, rows), a, factors)
-    return flat.view(y.shape)
+    return _plus_outer(flat, b.gather(2, rows), a, factors).view(y.shape)
 
 
-def _add_outer(y: Tensor, left: Tensor, right: Tensor, factors: Factors) -> None:
-    """`y += scale / sqrt(r) left^T right` in place, for a fresh y (directions, rows, out), left (directions, r, rows)."""
-    r = left.shape[1]
-    left = left * (factors.scale_of_each_row(y.shape[1], left.dtype) / math.sqrt(r)).unsqueeze(1)
-    right = right.to(y.dtype)
-    if y.device.type == "cpu" and r <= 4:  # a fused multiply-add over y is some six times as fast as a thin product
-        for k in range(r):
-            y.addcmul_(left[:, k, :, None], right[:, k, None, :])
-    else:
-        y.baddbmm_(left.mT, right)
+def _plus_outer(y: Tensor | None, left: Tensor, right: Tensor, factors: Factors) -> Tensor:
+    """`y + scale left^T right`: a new tensor (directions, rows, out), for left (directions, r, rows), right (directions, r, out)."""
+    left = left.mul_(factors.scale_of_each_row(left.shape[2], left.dtype).unsqueeze(1))
+    if left.device.type != "cpu" or left.shape[1] > 4:
+        return torch.bmm(left.mT, right) if y is None else torch.baddbmm(y, left.mT, right)
+    # On a CPU a multiply-add for each rank is some six times as fast as a thin product.
+    for k in range(left.shape[1]):
+        column, row = left[:, k, :, None], right[:, k : k + 1]
+        y = column * row if y is None else torch.addcmul(y, column, row, out=y if k else None)
+    return y
 
 
 @contextmanager
 def _on_lookup(module, names, factors):
     """For embeddings that do more than look up rows (scale them, count positions): correct the lookup inside."""
-    own = module.__dict__.get("forward")
     forward = module.forward
 
     class Lookup(TorchFunctionMode):
@@ -207,13 +239,18 @@ def _on_lookup(module, names, factors):
         with Lookup():
             return forward(*args, **kwargs)
 
-    module.forward = corrected
+    with _forward_replaced(module, corrected):
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, calls of the module end up here; hooks of others around it still run."""
+    module.forward = forward
     try:
         yield
     finally:
         del module.forward
-        if own is not None:
-            module.forward = own
 
 
 def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:

@@ -9,13 +9,14 @@ from torch import nn
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
     """All modules in training (dropout on) or evaluation mode (dropout off) inside; each one's own mode after."""
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    others = [module for module in model.modules() if module.training != training]
+    for module in others:
+        module.training = training
     try:
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        for module in others:
+            module.training = not training
 
 
 @contextmanager

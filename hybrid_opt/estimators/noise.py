@@ -10,7 +10,6 @@ key word keeps two streams from being shifted or permuted copies of each other. 
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,34 +20,57 @@ INDEX_BITS = 31
 """An index's higher bits enter through the key, so tensors may have more than 2^31 elements."""
 
 
-@dataclass(frozen=True)
 class Key:
     """The origin of a stream of noise: a seed and everything folded into it, such as step, member and name.
 
-    Two keys with different parts give independent streams; equal keys give equal ones.
+    Two keys with different parts give independent streams; equal keys give equal ones. Immutable.
+
+    Args:
+        parts: integers and strings.
     """
 
-    parts: tuple[int | str, ...]
+    __slots__ = ("text",)
+
+    def __init__(self, parts: Sequence[int | str]):
+        self.text = "".join(f"{part!r}," for part in parts)
 
     def fold(self, *parts: int | str) -> "Key":
         """A new key that also depends on `parts`."""
-        return Key((*self.parts, *parts))
+        key = Key(parts)
+        key.text = self.text + key.text
+        return key
 
     def seed(self) -> int:
         """A non-negative integer of 63 bits, for libraries that want a seed."""
-        return int.from_bytes(hashlib.blake2b(repr(self.parts).encode(), digest_size=8).digest(), "little") >> 1
+        return int.from_bytes(self.digest(8), "little") >> 1
+
+    def digest(self, size: int, suffix: str = "") -> bytes:
+        """`size` bytes that depend on all parts, and on a suffix."""
+        return hashlib.blake2b((self.text + suffix).encode(), digest_size=size).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.text == other.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        return f"Key(({self.text}))"
 
 
 Distribution = Callable[[Sequence[Key], int, int, torch.device], Tensor]
 
 
-def gaussian(keys: Sequence[Key], start: int, count: int, device: torch.device) -> Tensor:
+def gaussian(keys: Sequence[Key], start: int, count: int, device: torch.device, out: Tensor | None = None) -> Tensor:
     """Elements `start` to `start + count` of the standard normal noise of each key, float32 (keys, count).
 
     Box-Muller: with u, v uniform in (0, 1), `sqrt(-2 ln u) cos(2 pi v)` and `sqrt(-2 ln u) sin(2 pi v)` are independent
     standard normal values; they become elements 2j and 2j + 1.
+
+    Args:
+        out: memory to use for the result, of its shape and dtype; None: new memory.
     """
-    return _draw("gaussian", keys, start, count, device)
+    return _draw("gaussian", keys, start, count, device, out)
 
 
 def rademacher(keys: Sequence[Key], start: int, count: int, device: torch.device) -> Tensor:
@@ -69,8 +91,11 @@ def block_size(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
-def _draw(distribution: str, keys: Sequence[Key], start: int, count: int, device: torch.device) -> Tensor:
-    out = torch.empty(len(keys), count, device=device, dtype=torch.float32)
+def _draw(
+    distribution: str, keys: Sequence[Key], start: int, count: int, device: torch.device, out: Tensor | None = None
+) -> Tensor:
+    if out is None:
+        out = torch.empty(len(keys), count, device=device, dtype=torch.float32)
     fill = noise_cpu.fill if device.type == "cpu" else noise_torch.fill
     at, stop = start, start + count
     while keys and at < stop:
@@ -83,5 +108,6 @@ def _draw(distribution: str, keys: Sequence[Key], start: int, count: int, device
 
 def _key_words(keys: Sequence[Key], high: int) -> Tensor:
     """Four 32-bit words a key, (keys, 4) int32."""
-    digests = b"".join(hashlib.blake2b(repr((*key.parts, high)).encode(), digest_size=16).digest() for key in keys)
+    suffix = str(high)
+    digests = b"".join(key.digest(16, suffix) for key in keys)
     return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(len(keys), 4)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 IGNORED = -100
 """Label of a position that is not part of the loss."""
-LOSS_BLOCK = 1 << 22
+LOSS_BLOCK = 1 << 21
 """Logits turned into losses at a time."""
 
 
@@ -43,17 +43,18 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], keep: int, *, skip:
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """`-log softmax(logits)[label]` of each position, (rows, positions) float32; 0 where the label is `IGNORED`.
-
-    Some rows at a time, so that what lies between logits and losses stays in a processor's cache and out of the peak memory.
-    """
+    """`-log softmax(logits)[label]` of each position, (rows, positions) float32; 0 where the label is `IGNORED`."""
     flat, labels_flat = logits.flatten(0, 1), labels.flatten()
-    rows = max(1, LOSS_BLOCK // logits.shape[-1])
-    losses = [
-        F.cross_entropy(some.float(), some_labels, ignore_index=IGNORED, reduction="none")
-        for some, some_labels in zip(flat.split(rows), labels_flat.split(rows), strict=True)
-    ]
-    return torch.cat(losses).view(labels.shape)
+    if torch.is_grad_enabled():
+        return F.cross_entropy(flat.float(), labels_flat, ignore_index=IGNORED, reduction="none").view(labels.shape)
+    # Some rows at a time, in one buffer: what lies between logits and losses stays in a processor's cache.
+    size = max(1, LOSS_BLOCK // flat.shape[1])
+    buffer = torch.empty(min(size, len(flat)), flat.shape[1], device=flat.device)
+    losses = torch.empty(len(flat), device=flat.device)
+    for some, label, loss in zip(flat.split(size), labels_flat.split(size), losses.split(size), strict=True):
+        log_p = torch.log_softmax(some.float(), dim=-1, out=buffer[: len(some)])
+        torch.gather(log_p, 1, label.clamp(min=0).unsqueeze(1), out=loss.unsqueeze(1))
+    return losses.neg_().masked_fill_(labels_flat == IGNORED, 0.0).view(labels.shape)
 
 
 def _forward_of(model: nn.Module):
