@@ -48,7 +48,7 @@ for step in range(100):
         names = policy.names(name)
         estimate, cost = estimators[name].estimate(engine, objective, (x, y), names, Key((0, step)))
         contributions.append(Contribution(estimate, weight, names, *rules_of[name]))
-    engine.apply(contributions)
+    engine.apply(contributions, step)
     if step % 10 == 9:
         print(f"step {step + 1:3}  {name:8}  loss {cost.loss:.6f}")
 

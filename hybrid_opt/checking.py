@@ -2,15 +2,17 @@
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from rich.table import Column, Table
 from rich.text import Text
 
 from hybrid_opt.config.run import Data, RunFile
+from hybrid_opt.config.schedule import LowRankPerturbation, acting_names
 from hybrid_opt.errors import UserError
-from hybrid_opt.models.inventory import Inventory, inventory
+from hybrid_opt.estimators.refusal import refusal
+from hybrid_opt.models.inventory import inventory
 from hybrid_opt.objectives import jsonl
 from hybrid_opt.objectives.template import Template
 from hybrid_opt.scheduling.policy import Policy, resolve_policies
@@ -61,18 +63,51 @@ def _columns(path: Path, key: str) -> list[str] | None:
         raise UserError(f"{key}: {path}: cannot be read: {error}") from None
 
 
-def policy_tables(run: RunFile) -> Iterator[Table]:
+def policy_tables(run: RunFile) -> Iterator[Table | Text]:
     """For each phase: groups of parameters of the same kind -> the estimators that may move them, with counts.
 
+    Then a line for each kind of parameter that an estimator's low rank noise cannot reach, with the reason and what is done.
+
     Raises:
-        UserError: a policy does not fit the model.
+        UserError: a policy does not fit the model, or low rank noise cannot reach a parameter and nothing is said to do then.
     """
-    shapes = inventory(run.model, run.peft)
-    for phase, policy in resolve_policies(run.schedule, list(shapes)).items():
-        yield _policy_table(policy, shapes, "" if phase is None else f"phase {phase}")
+    found = inventory(run.model, run.peft)
+    exceptions: dict[str, None] = {}
+    for phase, policy in resolve_policies(run.schedule, list(found.shapes)).items():
+        for estimator in acting_names(run.schedule.schedule):
+            form = getattr(run.schedule.estimators[estimator], "perturbation", None)
+            reasons = {name: found.not_low_rank[name] for name in policy.names(estimator) if name in found.not_low_rank}
+            if reasons and isinstance(form, LowRankPerturbation):
+                exceptions |= dict.fromkeys(_exceptions(estimator, form.otherwise, reasons))
+                policy = _without(policy, estimator, reasons) if form.otherwise == "frozen" else policy
+        yield _policy_table(policy, found.shapes, "" if phase is None else f"phase {phase}")
+    yield from map(Text, exceptions)
 
 
-def _policy_table(policy: Policy, shapes: Inventory, title: str) -> Table:
+def _exceptions(estimator: str, otherwise: str, reasons: dict[str, str]) -> Iterator[str]:
+    for name, reason in reasons.items():
+        if otherwise == "refuse":
+            raise UserError(refusal(name, reason))
+    done = "dense noise, one member a forward pass" if otherwise == "dense" else "left frozen"
+    for kind, reason in dict.fromkeys((_kind(name), reason) for name, reason in reasons.items()):
+        yield f"{estimator}: {kind}: {done}, because {reason}"
+
+
+def _without(policy: Policy, estimator: str, names: Collection[str]) -> Policy:
+    return Policy(
+        {
+            name: tuple(who for who in owners if who != estimator or name not in names)
+            for name, owners in policy.owners.items()
+        }
+    )
+
+
+def _kind(name: str) -> str:
+    """A parameter's name without the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _policy_table(policy: Policy, shapes: dict[str, tuple[int, ...]], title: str) -> Table:
     table = Table(
         Column("parameters", overflow="fold"),
         "tensors",
@@ -85,8 +120,7 @@ def _policy_table(policy: Policy, shapes: Inventory, title: str) -> Table:
         column.justify = "right"
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name, estimators in policy.owners.items():
-        kind = ".".join("*" if part.isdigit() else part for part in name.split("."))
-        groups.setdefault((kind, estimators), []).append(name)
+        groups.setdefault((_kind(name), estimators), []).append(name)
     for (kind, estimators), names in groups.items():
         values = sum(math.prod(shapes[name]) for name in names)
         table.add_row(kind, f"{len(names):,}", f"{values:,}", ", ".join(estimators) or "frozen")

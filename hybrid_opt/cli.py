@@ -7,6 +7,7 @@ else, and the exit status is 2. What needs torch is imported inside the command 
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Literal, Optional
 
@@ -74,10 +75,11 @@ def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = No
         check_data(config.data)
         tables = list(policy_tables(config))
     from rich.console import Console
+    from rich.table import Table
 
     console = Console()
     for table in tables:
-        console.print(table)
+        console.print(table, highlight=False, soft_wrap=not isinstance(table, Table))
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)
 
 
@@ -170,6 +172,7 @@ def _quiet() -> None:
     """Libraries' own chatter would tear the progress display; what they warn of is reported here in our words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     import torch
 
     if not torch.cuda.is_available():  # otherwise DeepSpeed, which transformers imports to save a model, warns of it

@@ -6,6 +6,7 @@ Source: EGGROLL (arXiv 2511.16652).
 """
 
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece
-from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, refusal, why_not
+from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
+from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
 from hybrid_opt.objectives.contract import Objective, select
 
@@ -219,6 +221,10 @@ class LowRankPerturbation:
             reasons = _found_reasons(found) | why_not(engine.model, parameters)
             if reasons and self.otherwise == "refuse":
                 raise UserError(refusal(*next(iter(reasons.items()))))
+            if reasons:
+                done = "get dense noise, one member a forward pass" if self.otherwise == "dense" else "are left frozen"
+                listed = "; ".join(f"{name}, because {reason}" for name, reason in reasons.items())
+                warnings.warn(f"these parameters {done}: {listed}", RuntimeWarning, stacklevel=2)
             low_rank = {name: p for name, p in parameters.items() if name not in reasons}
             dense = {name: parameters[name] for name in reasons} if self.otherwise == "dense" else {}
             self._forms[key] = _Forms(

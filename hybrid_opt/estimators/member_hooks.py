@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.swapping import owners_of
 
 
@@ -94,15 +95,6 @@ def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
             elif parameters[name].dim() > 2:
                 reasons[name] = f"it has {parameters[name].dim()} dimensions"
     return reasons
-
-
-def refusal(name: str, reason: str) -> str:
-    """What to tell a user about such a parameter."""
-    return (
-        f"policy: low rank noise cannot be evaluated for parameter {name} because {reason}; write in the estimator perturbation: "
-        "{type: low_rank, otherwise: dense} (such parameters get dense noise, one member a forward pass) or otherwise: frozen, "
-        "or a policy rule with use: frozen for it"
-    )
 
 
 # ---------------------------------------------------------------- kinds of modules

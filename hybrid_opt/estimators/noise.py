@@ -9,7 +9,7 @@ key word keeps two streams from being shifted or permuted copies of each other. 
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -78,11 +78,6 @@ def rademacher(keys: Sequence[Key], start: int, count: int, device: torch.device
     return _draw("rademacher", keys, start, count, device)
 
 
-def random_bits(key: Key, start: int, count: int, device: torch.device) -> Tensor:
-    """Elements `start` to `start + count` of uniform integers from 0 to 2^16 - 1, int32 (count,)."""
-    return _draw("bits", [key], start, count, device)[0].int()
-
-
 DISTRIBUTIONS: dict[str, Distribution] = {"gaussian": gaussian, "rademacher": rademacher}
 
 
@@ -91,23 +86,28 @@ def block_size(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
+def key_blocks(keys: Sequence[Key], start: int, count: int) -> Iterator[tuple[Tensor, int, slice]]:
+    """The elements `start` to `start + count` by blocks of 2^31, each of which has key words of its own.
+
+    Yields:
+        Four 32-bit words a key, (keys, 4) int32; the index of the first element within the block; the elements' place.
+    """
+    at, stop = start, start + count
+    while keys and at < stop:
+        high, index = at >> INDEX_BITS, at & ((1 << INDEX_BITS) - 1)
+        end = min(stop, (high + 1) << INDEX_BITS)
+        suffix = str(high)
+        digests = bytearray(b"".join(key.digest(16, suffix) for key in keys))
+        yield torch.frombuffer(digests, dtype=torch.int32).view(len(keys), 4), index, slice(at - start, end - start)
+        at = end
+
+
 def _draw(
     distribution: str, keys: Sequence[Key], start: int, count: int, device: torch.device, out: Tensor | None = None
 ) -> Tensor:
     if out is None:
         out = torch.empty(len(keys), count, device=device, dtype=torch.float32)
     fill = noise_cpu.fill if device.type == "cpu" else noise_torch.fill
-    at, stop = start, start + count
-    while keys and at < stop:
-        high, index = at >> INDEX_BITS, at & ((1 << INDEX_BITS) - 1)
-        end = min(stop, (high + 1) << INDEX_BITS)
-        fill(distribution, _key_words(keys, high), index, out[:, at - start : end - start])
-        at = end
+    for words, index, place in key_blocks(keys, start, count):
+        fill(distribution, words, index, out[:, place])
     return out
-
-
-def _key_words(keys: Sequence[Key], high: int) -> Tensor:
-    """Four 32-bit words a key, (keys, 4) int32."""
-    suffix = str(high)
-    digests = b"".join(key.digest(16, suffix) for key in keys)
-    return torch.frombuffer(bytearray(digests), dtype=torch.int32).view(len(keys), 4)

@@ -5,6 +5,7 @@ instructions, so noise costs about as much as writing it to memory. The compiler
 operation unless it is allowed to, so every operation rounds as IEEE 754 says.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -151,18 +152,49 @@ def fill(distribution: str, keys: Tensor, start: int, out: Tensor) -> None:
         start: index within the block of 2^31 values that the keys are made for.
     """
     words, values = keys.numpy().view(np.uint32), out.numpy()
-    threads = min(torch.get_num_threads(), -(-out.numel() // SINGLE))
-    by_rows = len(out) >= threads
-    cuts = np.linspace(0, out.shape[0 if by_rows else 1], threads + 1).astype(int)
+    arguments = (list(PER_WORD).index(distribution), PER_WORD[distribution])
+    if len(out) >= torch.get_num_threads():
+        _on_all_threads(
+            len(out), out.numel(), lambda first, last: _fill(*arguments, words[first:last], start, values[first:last])
+        )
+    else:
+        _on_all_threads(
+            out.shape[1],
+            out.numel(),
+            lambda first, last: _fill(*arguments, words, start + first, values[:, first:last]),
+        )
 
-    def piece(first: int, last: int) -> None:
-        arguments = (list(PER_WORD).index(distribution), PER_WORD[distribution])
-        if by_rows:
-            _fill(*arguments, words[first:last], start, values[first:last])
-        else:
-            _fill(*arguments, words, start + first, values[:, first:last])
 
+def _on_all_threads(count: int, work: int, piece: Callable[[int, int], None]) -> None:
+    """Calls `piece(first, last)` for even parts of `count` things, on torch's number of threads if the work is worth it."""
+    threads = min(torch.get_num_threads(), count, -(-work // SINGLE))
     if threads <= 1:
-        return piece(0, cuts[-1])
+        return piece(0, count)
+    cuts = [i * count // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(piece, cuts[:-1].tolist(), cuts[1:].tolist()))
+        list(pool.map(piece, cuts[:-1], cuts[1:]))
+
+
+@_compiled("void(uint32[::1], int64, uint32, uint32[::1], uint16[::1])")
+def _round(key, start, shift, wide, out):
+    k0, k1 = key[0], key[1]
+    for i in range(len(wide)):
+        at, raw = start + i, wide[i]
+        drawn = u32(_hash(u32(at >> 1), k0, k1) >> u32(16 * (at & 1)))
+        up = u32(raw + u32(u32(drawn + shift) & u32(0xFFFF)))
+        if (raw & u32(0x7F800000)) == u32(0x7F800000):  # infinite, or NaN, which must not become infinite
+            up = u32(raw | u32(0x00400000)) if raw & u32(0x007FFFFF) else raw
+        out[i] = np.uint16(up >> u32(16))
+
+
+def round_up_or_down(key: Tensor, start: int, shift: int, wide: Tensor, out: Tensor) -> None:
+    """Rounds float32 (numel,) to bfloat16 (numel,); see `rounding.py`.
+
+    Args:
+        key: four 32-bit words, (1, 4) int32.
+        start: as for `fill`.
+        shift: added to every 16 random bits, modulo 2^16.
+    """
+    words = key.numpy().view(np.uint32)[0]
+    source, target = wide.view(torch.int32).numpy().view(np.uint32), out.view(torch.int16).numpy().view(np.uint16)
+    _on_all_threads(len(wide), len(wide), lambda a, b: _round(words, start + a, shift, source[a:b], target[a:b]))

@@ -1,23 +1,31 @@
 """A model's trainable parameters without its weights, for `check` and `plan`. Next: `../scheduling/policy.py`.
 
-One idea: names and shapes follow from a model's configuration, so they are worked out once, without memory for weights,
-and kept in the cache folder; from then on no torch needs to be imported to answer.
+One idea: names, shapes and kinds of modules follow from a model's configuration, so they are worked out once, without
+memory for weights, and kept in the cache folder; from then on no torch needs to be imported to answer.
 """
 
 import hashlib
 import importlib.metadata
 import json
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.models.cache import cache_folder
 
-Inventory = dict[str, tuple[int, ...]]
-"""Shape of each trainable parameter, by name; tied parameters count once."""
+
+@dataclass(frozen=True)
+class Inventory:
+    """Trainable parameters; tied ones count once."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each, by name."""
+    not_low_rank: dict[str, str]
+    """Those whose low rank noise cannot be evaluated, with the reason, as far as the kinds of modules tell."""
 
 
 def inventory(config: Model, lora: Lora | None) -> Inventory:
-    """Names and shapes of the parameters that a run would train.
+    """The parameters that a run would train.
 
     Raises:
         UserError: there is no such model; see `models.loading`.
@@ -31,16 +39,18 @@ def inventory(config: Model, lora: Lora | None) -> Inventory:
         return _read(path)
     found = _work_out(config, lora)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(asdict(found)))
     return found
 
 
 def _read(path: Path) -> Inventory:
-    return {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    found = json.loads(path.read_text())
+    return Inventory({name: tuple(shape) for name, shape in found["shapes"].items()}, found["not_low_rank"])
 
 
 def _fingerprint(config: Model, lora: Lora | None) -> str:
     settings = {"model": config.model_dump(exclude={"dtype", "tokenizer"}), "lora": lora and lora.model_dump()}
+    settings["format"] = [field.name for field in fields(Inventory)]
     settings["transformers"] = importlib.metadata.version("transformers")
     local = Path(config.name or "") / "config.json"
     settings["config.json"] = local.read_text() if config.name and local.is_file() else None
@@ -51,9 +61,11 @@ def _work_out(config: Model, lora: Lora | None) -> Inventory:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from hybrid_opt.estimators.member_hooks import why_not
     from hybrid_opt.models.loading import architecture, with_adapters
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
         model = with_adapters(model, lora)
-    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return Inventory({name: tuple(p.shape) for name, p in trainable.items()}, why_not(model, trainable))
