@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hybrid_opt import BackpropEstimator, Contribution, EsEstimator, FunctionObjective, Key, LocalEngine, Signals
-from hybrid_opt.config.schedule import Alternate, Backprop, EvolutionStrategy, Rule
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.schedule import Alternate, Rule
 from hybrid_opt.engines.update_rules import Sgd
 from hybrid_opt.scheduling.policy import resolve
 from hybrid_opt.scheduling.schedule import build_schedule

@@ -8,8 +8,9 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
+from hybrid_opt.config.estimators import LowRankPerturbation
 from hybrid_opt.config.run import Data, RunFile
-from hybrid_opt.config.schedule import LowRankPerturbation, acting_names
+from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.models.inventory import inventory

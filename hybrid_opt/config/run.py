@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hybrid_opt.config.schedule import Backprop, EvolutionStrategy, ScheduleFile
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_opt.config.schedule import Backprop
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Contribution, Shard
 from hybrid_opt.engines.rounding import round_stochastically
 from hybrid_opt.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_opt.config.schedule import Backprop
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost
@@ -130,11 +130,14 @@ def _seeded(key: Key, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    if not wanted or getattr(model, "is_gradient_checkpointing", False):
+    # transformers calls it activation checkpointing from 5.23 on and warns of the name that models have had before.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not wanted or getattr(model, f"is_{name}_checkpointing", False):
         yield
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable, disable = getattr(model, f"{name}_checkpointing_enable"), getattr(model, f"{name}_checkpointing_disable")
+    enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        disable()

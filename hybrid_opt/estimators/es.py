@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_opt.config.schedule import DensePerturbation as DenseConfig
-from hybrid_opt.config.schedule import EvolutionStrategy
+from hybrid_opt.config.estimators import DensePerturbation as DenseConfig
+from hybrid_opt.config.estimators import EvolutionStrategy
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and

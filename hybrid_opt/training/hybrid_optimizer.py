@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
-from hybrid_opt.config.schedule import Backprop, ScheduleFile, acting_names
+from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.update_rules import UpdateRule, build_rule
