@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
-from hybrid_opt.config.estimators import LowRankPerturbation
+from hybrid_opt.config.estimators import Estimator, EvolutionStrategy, LowRankPerturbation
 from hybrid_opt.config.run import Data, RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.errors import UserError
@@ -145,8 +145,9 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             stretches[-1] = (stretches[-1][0], step, who)
         else:
             stretches.append((step, step, who))
-        forwards = sum(getattr(run.schedule.estimators[name], "population_size", 1) for name in weights)
-        tokens = forwards * run.training.batch_size * run.data.max_tokens
+        evaluations = [_evaluations(run.schedule.estimators[name], run.training.batch_size) for name in weights]
+        forwards = sum(members for members, _ in evaluations)
+        tokens = sum(members * examples for members, examples in evaluations) * run.data.max_tokens
         signals = signals.updated(tokens=tokens, forwards=forwards, backwards=0, seconds=0.0, loss=0.0)
     width = len(str(steps - 1))
     for first, last, who in stretches:
@@ -154,3 +155,11 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
         yield Text(f"{steps_text:<{2 * width + 11}} {who}")
     if by_tokens:
         yield Text("(phases given in tokens: their ends are estimated from batches of full length)")
+
+
+def _evaluations(estimator: Estimator, batch_size: int) -> tuple[int, int]:
+    """Forward passes of an estimate, and examples in each."""
+    if not isinstance(estimator, EvolutionStrategy):
+        return 1, batch_size
+    share = 2 * batch_size // estimator.population_size if estimator.distinct_examples else batch_size
+    return estimator.population_size, estimator.examples_per_step or share

@@ -23,7 +23,7 @@ from hybrid_opt.config.run import Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import architecture
 from hybrid_opt.studies.bench_memory import Memory, row_memory
-from hybrid_opt.studies.bench_plan import MEMBER_ROWS, Case
+from hybrid_opt.studies.bench_plan import MEMBER_ROWS, Case, master_weights_of
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, Step, build_step, load_for, problem_of
 
 Say = Callable[[str], None]
@@ -176,7 +176,7 @@ def _result(name: str, case: Case, timing: Timing, inference: Timing) -> dict[st
         "examples": case.examples,
         "tokens": case.tokens,
         "members_per_forward": case.members_per_forward,
-        "master_weights": case.master_weights,
+        "master_weights": master_weights_of(name, case) if name not in ("inference", "mezo_loop") else None,
         "seconds": list(seconds),
         "seconds_median": median,
         "seconds_min": min(seconds, default=None),

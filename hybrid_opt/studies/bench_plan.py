@@ -50,8 +50,8 @@ class Case:
     """`auto`, `cpu` or `cuda`."""
     members_per_forward: int | None
     """Of es_low_rank; None: the estimator's default."""
-    master_weights: str
-    """As in a run file's `engine` section; MeZO has none."""
+    master_weights: str | None
+    """As in a run file's `engine` section, for all rows; None: each row's own, see `master_weights_of`."""
 
     @property
     def title(self) -> str:
@@ -74,7 +74,7 @@ def plan_cases(
 
     Args:
         members_per_forward: members that share a forward pass in es_low_rank; None: the estimator's default.
-        master_weights: how updates add up below float32; None: the engine's default.
+        master_weights: how updates add up below float32; None: each row's own.
 
     Raises:
         UserError: an option's value cannot be used, or the lists are of different lengths.
@@ -82,8 +82,13 @@ def plan_cases(
     for dtype in dtypes:
         _one_of("--dtype", dtype, DTYPES)
     _one_of("--device", device, DEVICES)
-    master_weights = _MASTER_WEIGHTS.default if master_weights is None else master_weights
-    _one_of("--master-weights", master_weights, get_args(_MASTER_WEIGHTS.annotation))
+    if master_weights is not None:
+        _one_of("--master-weights", master_weights, get_args(_MASTER_WEIGHTS.annotation))
+    if master_weights == "stochastic_rounding" and "float16" in dtypes:
+        raise UserError(
+            "command line: --master-weights stochastic_rounding rounds to bfloat16, not to float16; write fp32 or none, or "
+            "--dtype bfloat16"
+        )
     if members_per_forward is not None:
         _at_least("--members-per-forward", members_per_forward, 1)
     shapes = list(_shapes(members, batch, tokens))
@@ -92,6 +97,13 @@ def plan_cases(
         for dtype in dtypes
         for m, b, t in shapes
     ]
+
+
+def master_weights_of(row: str, case: Case) -> str:
+    """How a row's updates add up: ES in bfloat16 by stochastic rounding, which needs no memory, and the rest in float32."""
+    if case.master_weights is not None:
+        return case.master_weights
+    return "stochastic_rounding" if row.startswith("es_") and case.dtype == "bfloat16" else "fp32"
 
 
 def plan_rows(names: Sequence[str] = ()) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ from hybrid_opt.models.loading import load_model
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.contract import to_device
 from hybrid_opt.objectives.examples import Example
-from hybrid_opt.studies.bench_plan import Case
+from hybrid_opt.studies.bench_plan import Case, master_weights_of
 from hybrid_opt.studies.mezo_loop import mezo_step
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 
@@ -59,15 +59,15 @@ def build_step(row: str, case: Case, model: nn.Module) -> Step:
         case "es_low_rank":
             together = case.members_per_forward
             es = _es(case, _LOW_RANK) | ({"members_per_forward": together} if together else {})
-            return _hybrid(case, model, es, one)
+            return _hybrid(row, case, model, es, one)
         case "es_dense":
-            return _hybrid(case, model, _es(case, _DENSE), one)
+            return _hybrid(row, case, model, _es(case, _DENSE), one)
         case "backprop_sgd":
-            return _hybrid(case, model, {"type": "backprop", "optimizer": "SGD"}, all_members)
+            return _hybrid(row, case, model, {"type": "backprop", "optimizer": "SGD"}, all_members)
         case "backprop_adamw" | "lora":
-            return _hybrid(case, model, _ADAMW, all_members)
+            return _hybrid(row, case, model, _ADAMW, all_members)
         case "backprop_checkpointing":
-            return _hybrid(case, model, {**_ADAMW, "gradient_checkpointing": True}, all_members)
+            return _hybrid(row, case, model, {**_ADAMW, "gradient_checkpointing": True}, all_members)
     raise AssertionError(row)
 
 
@@ -149,11 +149,11 @@ def _es(case: Case, perturbation: dict[str, Any]) -> dict[str, Any]:
     return {"type": "es", "population_size": case.members, "sigma": SIGMA, "perturbation": perturbation}
 
 
-def _hybrid(case: Case, model: nn.Module, estimator: dict[str, Any], batch: dict[str, Any]) -> Step:
+def _hybrid(row: str, case: Case, model: nn.Module, estimator: dict[str, Any], batch: dict[str, Any]) -> Step:
     schedule = {
         "estimators": {"it": {**estimator, "learning_rate": LEARNING_RATE}},
         "schedule": {"type": "single", "estimator": "it"},
     }
-    engine = LocalEngine(type="local", device=case.device, master_weights=case.master_weights)
+    engine = LocalEngine(type="local", device=case.device, master_weights=master_weights_of(row, case))
     hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=schedule, engine=engine)
     return lambda: hybrid.step(batch)

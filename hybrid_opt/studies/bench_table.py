@@ -52,9 +52,18 @@ def header_of(rows: Sequence[dict[str, Any]]) -> str:
     row = rows[0]
     return (
         f"{row['model']} in {row['dtype']}: {row['members']} members x {row['examples']} examples x {row['tokens']} tokens "
-        f"(members_per_forward {row['members_per_forward'] or 'by default'}, master weights {row['master_weights']})\n"
+        f"(members_per_forward {row['members_per_forward'] or 'auto'}{_masters(rows)})\n"
         f"{row['machine']} ({row['device']}), {row['threads']} threads, torch {row['versions']['torch']}"
     )
+
+
+def _masters(rows: Sequence[dict[str, Any]]) -> str:
+    """How each row's updates add up, where that is a question."""
+    if rows[0]["dtype"] == "float32":
+        return ""
+    kinds = dict.fromkeys(row["master_weights"] for row in rows if row["master_weights"])
+    named = (f"{kind} for {', '.join(r['name'] for r in rows if r['master_weights'] == kind)}" for kind in kinds)
+    return f"; master weights: {'; '.join(named)}" if kinds else ""
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

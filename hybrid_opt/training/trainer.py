@@ -241,7 +241,7 @@ def metrics_row(report: StepReport, peak_memory: int) -> dict[str, Any]:
             name: {
                 "forwards": cost.forwards,
                 "backwards": cost.backwards,
-                "tokens": report.tokens * cost.forwards // forwards,
+                "tokens": cost.tokens,
                 "seconds": report.part_seconds[name],
             }
             for name, cost in report.costs.items()
