@@ -37,8 +37,7 @@ class _Forms:
     hooks: MemberHooks
     """For the parameters that are perturbed low rank."""
     dense: Mapping[str, nn.Parameter]
-    outside: Collection[str]
-    bytes_per_example: int
+    found: Rehearsal
 
 
 class LowRankPerturbation:
@@ -110,7 +109,7 @@ class LowRankPerturbation:
             batch,
             examples,
             _members_per_direction(members),
-            forms.bytes_per_example,
+            forms.found.bytes_per_example,
             engine.device,
             most=1 if forms.dense else None,
         )
@@ -135,7 +134,8 @@ class LowRankPerturbation:
         if sides is None:
             sides = self._sides([key.fold(shard.name) for key in keys], shard.shape, first, last, out.device)
         b, a = (side.flatten(0, 1) for side in sides)
-        left = (b * c.repeat_interleave(self.noise_rank).unsqueeze(1)).T
+        c = c if self.noise_rank == 1 else c.repeat_interleave(self.noise_rank)
+        left = (b * c.unsqueeze(1)).T
         if len(out) == (last - first) * n:
             out.view(-1, n).addmm_(left, a)  # in place: the product itself would be as large as the matrix
         else:
@@ -155,7 +155,9 @@ class LowRankPerturbation:
         Raises:
             UserError: see `MemberHooks.attached`.
         """
-        with hooks.attached(self._factors(hooks.parameters, members, rows)):
+        factors = self._factors(hooks.parameters, members, rows)
+        factors.share(hooks.same_input)
+        with hooks.attached(factors):
             yield
 
     @contextmanager
@@ -165,7 +167,7 @@ class LowRankPerturbation:
                 yield
                 return
             (member,) = members
-            with self.dense.perturbed(model, forms.dense, member, forms.outside):
+            with self.dense.perturbed(model, forms.dense, member, forms.found.outside):
                 yield
 
     def _factors(self, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int) -> Factors:
@@ -227,9 +229,7 @@ class LowRankPerturbation:
                 warnings.warn(f"these parameters {done}: {listed}", RuntimeWarning, stacklevel=2)
             low_rank = {name: p for name, p in parameters.items() if name not in reasons}
             dense = {name: parameters[name] for name in reasons} if self.otherwise == "dense" else {}
-            self._forms[key] = _Forms(
-                MemberHooks(engine.model, low_rank), dense, found.outside, found.bytes_per_example
-            )
+            self._forms[key] = _Forms(MemberHooks(engine.model, low_rank, found.same_input), dense, found)
         return self._forms[key]
 
 

@@ -5,7 +5,7 @@ what the perturbation adds to the output is a batched product. Weights are only 
 are stored or that the rows of other members use them at the same time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.swapping import owners_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Factors:
     """Noise of the members that share a forward pass.
 
@@ -36,6 +36,11 @@ class Factors:
     `scale B^T A`."""
     vectors: dict[str, Tensor]
     """For any other parameter: (directions, *shape) float32."""
+    shared: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
+    """For matrices whose modules get the same input: the A of all of them (directions, r of all, n), and which are its own."""
+
+    _row_scales: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    _latest: tuple[tuple, Tensor] | None = None
 
     def by_direction(self, x: Tensor) -> Tensor:
         """(members * rows, ..., features) as (directions, members of each * rows * ..., features)."""
@@ -48,7 +53,27 @@ class Factors:
             self._row_scales[count, dtype] = each.to(dtype)
         return self._row_scales[count, dtype]
 
-    _row_scales: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
+    def share(self, groups: Iterable[Sequence[str]]) -> None:
+        """Join the factors A of matrices whose modules get the same input."""
+        for names in groups:
+            parts = [self.matrices[name][0] for name in names if name in self.matrices]
+            if len(parts) == len(names) and len({part.shape for part in parts}) == 1:
+                together, r = torch.cat(parts, dim=1), parts[0].shape[1]
+                self.shared.update({name: (together, i * r, i * r + r) for i, name in enumerate(names)})
+
+    def project(self, name: str, a: Tensor, x: Tensor) -> Tensor:
+        """`A x^T` (directions, r, rows) for a matrix's A and the input x (members * rows, ..., in) of its module.
+
+        Matrices that share an input are multiplied with it together, so it is read once.
+        """
+        # The transposed product is the fast one of a batched product with so few columns.
+        if name not in self.shared:
+            return a @ self.by_direction(x).mT
+        together, first, last = self.shared[name]
+        key = (x, x._version, together)
+        if self._latest is None or any(old is not new for old, new in zip(self._latest[0], key, strict=True)):
+            self._latest = (key, together @ self.by_direction(x).mT)
+        return self._latest[1][:, first:last]
 
 
 class MemberHooks:
@@ -57,15 +82,22 @@ class MemberHooks:
     Args:
         model: a model of nn.Linear, transformers' Conv1D, nn.Embedding, LayerNorm and RMSNorm modules.
         parameters: those that get noise, by name; a tied one may have several owners.
+        same_input: names of weights of linear layers that get the very same tensor; see `Rehearsal.same_input`.
 
     Raises:
         UserError: one of the parameters belongs to another kind of module.
     """
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, nn.Parameter], same_input: Iterable[Sequence[str]] = ()
+    ):
         if reasons := why_not(model, parameters):
             raise UserError(refusal(*next(iter(reasons.items()))))
         self.parameters = parameters
+        linear = {
+            name for m, names in owners_of(model, parameters).items() if type(m) is nn.Linear for name in names.values()
+        }
+        self.same_input = [names for names in same_input if linear.issuperset(names)]
         self._attach = [(_family(module), module, names) for module, names in owners_of(model, parameters).items()]
 
     @contextmanager
@@ -173,8 +205,7 @@ def _linear(module, names, factors):
             a, b = factors.matrices[names["weight"]]
             if is_conv1d:
                 a, b = b, a
-            # The transposed product (directions, r, rows) is the fast one of a batched product with so few columns.
-            y = _plus_outer(y, a @ flat.mT, b, factors)
+            y = _plus_outer(y, factors.project(names["weight"], a, x), b, factors)
         y = y.flatten(0, 1).addmm_(flat.flatten(0, 1), module.weight if is_conv1d else module.weight.T)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -200,7 +231,7 @@ def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str],
 
 def _plus_outer(y: Tensor | None, left: Tensor, right: Tensor, factors: Factors) -> Tensor:
     """`y + scale left^T right`: a new tensor (directions, rows, out), for left (directions, r, rows), right (directions, r, out)."""
-    left = left.mul_(factors.scale_of_each_row(left.shape[2], left.dtype).unsqueeze(1))
+    left = left * factors.scale_of_each_row(left.shape[2], left.dtype).unsqueeze(1)
     if left.device.type != "cpu" or left.shape[1] > 4:
         return torch.bmm(left.mT, right) if y is None else torch.baddbmm(y, left.mT, right)
     # On a CPU a multiply-add for each rank is some six times as fast as a thin product.

@@ -28,6 +28,8 @@ class Rehearsal:
     """Parameters that were used outside their own module's forward, such as an embedding's weight multiplied elsewhere."""
     fixed_rows: Mapping[str, int]
     """Parameters whose module gets as many rows whatever the number of examples -> how many."""
+    same_input: tuple[tuple[str, ...], ...]
+    """Weights of modules that are called with the very same tensor, such as those of queries, keys and values."""
     bytes_per_example: int
     """Most memory that a module's input and output take, with two tensors more of the output's size."""
 
@@ -43,6 +45,7 @@ def rehearse(model: nn.Module, objective: Objective, batch: Any, parameters: Map
         uncalled=frozenset(parameters.keys() - once.rows.keys()),
         outside=frozenset(outside),
         fixed_rows={name: rows for name, rows in fixed.items() if rows},
+        same_input=_with_same_input(once.inputs),
         bytes_per_example=once.bytes // (examples or 1),
     )
 
@@ -56,7 +59,15 @@ def _few(batch: Any) -> Any:
 class _Record:
     def __init__(self):
         self.rows: dict[str, set[int]] = {}
+        self.inputs: list[tuple[str, Tensor]] = []
         self.bytes = 0
+
+
+def _with_same_input(inputs: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, dict[str, None]] = {}
+    for name, x in inputs:
+        groups.setdefault(id(x), {})[name] = None
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
 def _watched(
@@ -80,6 +91,8 @@ def _watched(
 def _recorded_rows(module: nn.Module, names: Mapping[str, str], record: _Record) -> Iterator[None]:
     def before(module, args, kwargs):
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+        if x is not None and "weight" in names:
+            record.inputs.append((names["weight"], x))
         for name in names.values():
             record.rows.setdefault(name, set()).add(len(x) if x is not None and x.dim() else 0)
 
