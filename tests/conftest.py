@@ -10,6 +10,8 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hybrid_opt.objectives.contract import FunctionObjective, count_examples
+
 ROOT = Path(__file__).parents[1]
 GLASS = ROOT / "tests/data/glass_en"
 PROSE = ROOT / "tests/data/pride_and_prejudice.txt"
@@ -25,23 +27,44 @@ LLAMA_LIKE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+BERT_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 TINY = {
     "llama": LLAMA_LIKE,
     "mistral": {**LLAMA_LIKE, "head_dim": 8},
+    "qwen2": LLAMA_LIKE,
     "qwen3": {**LLAMA_LIKE, "head_dim": 8},
+    "gemma": {**LLAMA_LIKE, "head_dim": 8, "pad_token_id": 0},
     "gemma3_text": {**LLAMA_LIKE, "head_dim": 8, "pad_token_id": 0},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 32, **SPECIAL},
     "opt": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64,
             "word_embed_proj_dim": 32, "max_position_embeddings": 32, **SPECIAL},
+    "bert": BERT_LIKE,
+    "roberta": BERT_LIKE,
+    "electra": {**BERT_LIKE, "embedding_size": 16},
+    "modernbert": {**BERT_LIKE, **SPECIAL, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 4},
+    "deberta-v2": {**BERT_LIKE, "relative_attention": True, "position_buckets": 4, "share_att_key": True,
+                   "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"},
+    "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "vocab_size": 64, "pad_token_id": 0,
+                   "max_position_embeddings": 32},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64,
+           "decoder_start_token_id": 0},
 }  # fmt: skip
 
 
-def tiny_model(kind: str = "llama", **changes) -> torch.nn.Module:
+def tiny_model(kind: str = "llama", head: type = AutoModelForCausalLM, **changes) -> torch.nn.Module:
     """A small model of a real architecture with random weights, the same each time, norms and biases included."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**TINY[kind], **changes}))
+        model = head.from_config(AutoConfig.for_model(kind, **{**TINY[kind], **changes}))
         with torch.no_grad():
             for p in model.parameters():
                 if p.dim() == 1:
@@ -61,6 +84,30 @@ def token_losses(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torc
     logits = model(**batch, use_cache=False).logits[:, :-1]
     labels = batch["input_ids"][:, 1:]
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+@torch.no_grad()
+def losses_of_members(engine, perturbation, names, members, losses=token_losses, batch=None) -> torch.Tensor:
+    """What a perturbation finds where every member sees the whole batch, (members, examples)."""
+    batch = token_batch() if batch is None else batch
+    count = count_examples(batch)
+    examples = None if count is None else torch.arange(count).expand(len(members), count)
+    return perturbation.evaluate(engine, FunctionObjective(losses), batch, names, members, examples)
+
+
+@torch.no_grad()
+def losses_of_written_weights(engine, perturbation, names, members, losses=token_losses, batch=None) -> torch.Tensor:
+    """The losses where each member's weights are really written, by what the perturbation would add in an update."""
+    batch = token_batch() if batch is None else batch
+    rows = []
+    for member in members:
+        before = {name: engine.parameters[name].data.clone() for name in names}
+        for shard in engine.shards(names):
+            perturbation.add_noise([member.key], torch.tensor([member.sign * perturbation.sigma]), shard, shard.data)
+        rows.append(losses(engine.model, batch))
+        for name in names:
+            engine.parameters[name].data.copy_(before[name])
+    return torch.stack(rows)
 
 
 def run_document(output: Path, **changes) -> dict:

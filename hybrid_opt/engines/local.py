@@ -78,11 +78,13 @@ class LocalEngine:
         owned = set(with_optimizer.names) if with_optimizer else set()
         if with_optimizer:
             self._step_optimizer(contributions, owned, with_optimizer.learning_rate, step)
-        for c in contributions:
-            if c.rule is not None:
-                for shard in self.shards(set(c.names) - owned):
-                    with self._wide(shard, step) as wide:
+        direct = [(c, set(c.names) - owned) for c in contributions if c.rule is not None]
+        for shard in self.shards(set().union(*(names for _, names in direct))):
+            with self._wide(shard, step) as wide:
+                for c, names in direct:
+                    if shard.name in names:
                         c.rule.update(wide, c.estimate, c.weight, c.learning_rate)
+            del wide  # before the next one is made
         self._refresh({name for c in contributions for name in c.names})
 
     def state_dict(self) -> dict[str, Any]:
@@ -149,6 +151,7 @@ class LocalEngine:
                 master.grad = gradients.pop(shard.name).float()
                 self.optimizer.step()
                 master.grad, master.data = None, narrow
+            del wide  # before the next one is made
 
     @contextmanager
     def _wide(self, shard: Shard, step: int) -> Iterator[Shard]:
@@ -213,7 +216,7 @@ def _optimizer(backprop: Backprop | None, masters: list[Tensor]) -> torch.optim.
     if backprop is None or not masters:
         return None
     try:
-        return getattr(torch.optim, backprop.optimizer)(
+        optimizer = getattr(torch.optim, backprop.optimizer)(
             masters, lr=backprop.learning_rate, **backprop.optimizer_arguments
         )
     except (TypeError, ValueError, RuntimeError) as error:
@@ -221,3 +224,6 @@ def _optimizer(backprop: Backprop | None, masters: list[Tensor]) -> torch.optim.
             f"optimizer_arguments: torch.optim.{backprop.optimizer} does not take "
             f"{backprop.optimizer_arguments}: {error}"
         ) from None
+    for values in optimizer.state.values():  # Adagrad makes its sum at once, in the dtype of the weights
+        values.update({key: value.float() for key, value in values.items() if isinstance(value, Tensor)})
+    return optimizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.estimators import noise_cpu, noise_torch
-from hybrid_opt.estimators.noise import Key, key_blocks
+from hybrid_opt.estimators.noise import Key, block_size, key_blocks
 
 GOLDEN = 40503
 """2^16 / golden ratio, odd, so that all of the 2^16 thresholds come up equally often."""
@@ -38,10 +38,13 @@ def round_stochastically(wide: Tensor, out: Tensor, key: Key, step: int, start: 
 
 def _round_by_torch(words: Tensor, start: int, shift: int, wide: Tensor, out: Tensor) -> None:
     """The same by torch operations, for GPUs."""
-    drawn = torch.empty(1, len(wide), device=wide.device)
-    noise_torch.fill("bits", words, start, drawn)
-    # Adding a number below 2^16 to the bits of a float32 and cutting off the lower 16 rounds its magnitude up or down; an
-    # infinite or NaN value would be changed to another such one, so it is left alone.
-    dither = (drawn[0].int() + shift).bitwise_and_(0xFFFF)
-    rounded = (wide.view(torch.int32) + dither).bitwise_and_(-0x10000).view(torch.float32)
-    out.copy_(torch.where(wide.isfinite(), rounded, wide))
+    block = block_size(wide.device)
+    for at in range(0, len(wide), block):
+        part = wide[at : at + block]
+        drawn = torch.empty(1, len(part), device=wide.device)
+        noise_torch.fill("bits", words, start + at, drawn)
+        # Adding a number below 2^16 to the bits of a float32 and cutting off the lower 16 rounds its magnitude up or down;
+        # an infinite or NaN value would be changed to another such one, so it is left alone.
+        dither = (drawn[0].int() + shift).bitwise_and_(0xFFFF)
+        rounded = (part.view(torch.int32) + dither).bitwise_and_(-0x10000).view(torch.float32)
+        out[at : at + block] = torch.where(part.isfinite(), rounded, part)

@@ -80,7 +80,8 @@ class Adam:
 
     def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Take a step."""
-        name, gradient = shard.name, estimate.read(shard).mul_(weight)
+        name, gradient = shard.name, torch.zeros_like(shard.data)
+        estimate.add_to(gradient, shard, weight)  # what `read` gives may be the estimate's own memory
         if name not in self.moments:
             self.moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient), torch.zeros((), device="cpu"))
         first, second, count = self.moments[name]

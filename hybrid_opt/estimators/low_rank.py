@@ -86,6 +86,9 @@ class LowRankPerturbation:
         """
         forms = self._rehearsed(engine, objective, batch, names)
         self._drawn.forget()
+        factors: dict[
+            int, Factors
+        ] = {}  # of the members of the last forward pass: micro-batches come one after another
 
         def losses_of(piece: Piece) -> Tensor:
             some = members[piece.members]
@@ -93,7 +96,7 @@ class LowRankPerturbation:
             if examples is not None:
                 numbers = examples[piece.members, piece.examples]
                 part, rows = select(batch, numbers.flatten()), numbers.numel()
-            with self._perturbed(engine.model, forms, some, rows):
+            with self._perturbed(engine.model, forms, some, factors_of(some, rows)):
                 losses = objective.losses(engine.model, part)
             if examples is not None and len(losses) != rows:
                 raise UserError(
@@ -155,14 +158,14 @@ class LowRankPerturbation:
         Raises:
             UserError: see `MemberHooks.attached`.
         """
-        factors = self._factors(hooks.parameters, members, rows)
-        factors.share(hooks.same_input)
-        with hooks.attached(factors):
+        with hooks.attached(self._factors(hooks, members, rows)):
             yield
 
     @contextmanager
-    def _perturbed(self, model: nn.Module, forms: _Forms, members: Sequence[Member], rows: int) -> Iterator[None]:
-        with self.perturbed(forms.hooks, members, rows):
+    def _perturbed(
+        self, model: nn.Module, forms: _Forms, members: Sequence[Member], factors: Factors
+    ) -> Iterator[None]:
+        with forms.hooks.attached(factors):
             if not forms.dense:
                 yield
                 return
@@ -170,7 +173,8 @@ class LowRankPerturbation:
             with self.dense.perturbed(model, forms.dense, member, forms.found.outside):
                 yield
 
-    def _factors(self, parameters: Mapping[str, nn.Parameter], members: Sequence[Member], rows: int) -> Factors:
+    def _factors(self, hooks: MemberHooks, members: Sequence[Member], rows: int = 0) -> Factors:
+        parameters = hooks.parameters
         together = _members_per_direction(members)
         directions = [m.key for m in members[::together]]
         device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
@@ -189,6 +193,7 @@ class LowRankPerturbation:
                 factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
                 factors.vectors.update(zip(names, drawn[0].unflatten(-1, p.shape), strict=True))
+        factors.share(hooks.same_input)
         return factors
 
     def _sides(

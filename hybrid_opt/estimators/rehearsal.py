@@ -126,9 +126,9 @@ class _Uses(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = getattr(function, "__name__", "")
-        if name != "__get__" and function is not Tensor.detach:  # looking at a shape or a dtype is not a use
+        result = function(*args, **kwargs)
+        if isinstance(result, (Tensor, list, tuple)) and function is not Tensor.detach:  # a shape or a dtype is no use
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.names:
                     self.seen.add(self.names[id(leaf)])
-        return function(*args, **kwargs)
+        return result

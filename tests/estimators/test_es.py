@@ -4,16 +4,20 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from hybrid_opt.config.schedule import EvolutionStrategy
+from hybrid_opt import HybridOptimizer
+from hybrid_opt.config import load_run
+from hybrid_opt.config.estimators import EvolutionStrategy
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.objectives.contract import FunctionObjective
-from tests.conftest import tiny_model, token_batch, token_losses
+from tests.conftest import GLASS, tiny_model, token_batch, token_losses
 
 DENSE = {"type": "dense", "distribution": "gaussian"}
 
@@ -219,3 +223,232 @@ def test_losses_that_are_not_finite_are_refused():
     broken = FunctionObjective(lambda model, batch: model(batch["x"]).sum(1) * float("nan"))
     with pytest.raises(UserError, match="4 of 4 members is not finite; lower sigma"):
         build(population_size=4).estimate(LocalEngine(model), broken, batch, ["weight"], Key((0,)))
+
+
+# ---------------------------------------------------------------- which examples a member sees
+
+FORMS = pytest.mark.parametrize("perturbation", [DENSE, {"type": "low_rank"}], ids=["dense", "low_rank"])
+
+
+class Recorded:
+    """An objective that notes the numbers of the examples that it is asked for, forward pass by forward pass."""
+
+    def __init__(self, losses):
+        self.losses_of, self.differentiable, self.numbers = losses, True, []
+
+    def losses(self, model, batch):
+        self.numbers.append(batch["number"])
+        return self.losses_of(model, {name: tensor for name, tensor in batch.items() if name != "number"})
+
+
+def regression(examples: int) -> tuple[nn.Module, Recorded, dict]:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(examples, 5, generator=generator), torch.randn(examples, 3, generator=generator)
+    torch.manual_seed(0)
+    objective = Recorded(lambda model, batch: (model(batch["x"]) - batch["y"]).pow(2).sum(1))
+    return nn.Linear(5, 3), objective, {"x": x, "y": y, "number": torch.arange(examples)}
+
+
+def estimate_and_numbers(estimator, engine, objective, batch, key):
+    """An estimate, its cost, and the numbers of the examples of each member, (members, k)."""
+    names = list(engine.parameters)
+    estimator.estimate(engine, objective, batch, names, Key(("rehearsed before",)))
+    objective.numbers.clear()
+    estimate, cost = estimator.estimate(engine, objective, batch, names, key)
+    return estimate, cost, torch.cat(objective.numbers).view(estimator.config.population_size, -1)
+
+
+@torch.no_grad()
+def explicit_estimate(estimator, engine, objective, batch, key, numbers) -> dict[str, torch.Tensor]:
+    """The estimate by written weights, one member after the other; pairs of antithetic members."""
+    sigma, n = estimator.config.sigma, estimator.config.population_size
+    before = {name: p.clone() for name, p in engine.parameters.items()}
+    noise, losses = [], torch.zeros(n, dtype=torch.float64)
+    for pair in range(n // 2):
+        directions = {}
+        for shard in engine.shards(before):
+            directions[shard.name] = torch.zeros_like(shard.data)
+            estimator.perturbation.add_noise([key.fold(pair)], torch.ones(1), shard, directions[shard.name])
+        for member, sign in ((2 * pair, 1), (2 * pair + 1, -1)):
+            for name, p in engine.parameters.items():
+                p.copy_(before[name] + sign * sigma * directions[name].view_as(p))
+            seen = {name: tensor[numbers[member]] for name, tensor in batch.items()}
+            losses[member] = objective.losses(engine.model, seen).mean().item()
+        noise.append(directions)
+    for name, p in engine.parameters.items():
+        p.copy_(before[name])
+    if estimator.config.fitness_shaping == "standardize":
+        losses = (losses - losses.mean()) / losses.std(correction=0)
+    return {
+        name: sum((losses[2 * i] - losses[2 * i + 1]) / (n * sigma) * noise[i][name] for i in range(n // 2))
+        for name in before
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("fitness_shaping", ["none", "standardize"])
+@pytest.mark.parametrize(
+    ("options", "each", "different"),
+    [
+        ({}, 13, 13),
+        ({"examples_per_step": 4}, 4, 4),
+        ({"distinct_examples": True}, 4, 12),  # an even share of 13 for three pairs
+        ({"distinct_examples": True, "examples_per_step": 2}, 2, 6),
+    ],
+)
+def test_estimate_is_that_of_the_examples_drawn(perturbation, fitness_shaping, options, each, different):
+    model, objective, batch = regression(13)
+    engine = LocalEngine(model)
+    estimator = build(
+        population_size=6, sigma=0.1, perturbation=perturbation, fitness_shaping=fitness_shaping, **options
+    )
+    estimate, _, numbers = estimate_and_numbers(estimator, engine, objective, batch, key := Key((7,)))
+    assert numbers.shape == (6, each)
+    assert torch.equal(numbers[::2], numbers[1::2])
+    assert len(numbers.unique()) == different
+    assert all(len(row.unique()) == each for row in numbers)
+    explicit = explicit_estimate(estimator, engine, objective, batch, key, numbers)
+    for shard in engine.shards(engine.parameters):
+        assert torch.allclose(estimate.read(shard), explicit[shard.name].float(), rtol=1e-4, atol=1e-4), shard.name
+        assert estimate.read(shard).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"examples_per_step": 4}, {"distinct_examples": True}])
+def test_each_step_draws_its_own_examples_and_all_of_them_come_up(options):
+    model, objective, batch = regression(13)
+    engine, estimator = LocalEngine(model), build(population_size=6, sigma=0.1, **options)
+    drawn = [estimate_and_numbers(estimator, engine, objective, batch, Key((i % 40,)))[2] for i in range(41)]
+    assert torch.equal(drawn[0], drawn[40])
+    assert len({tuple(numbers[0].tolist()) for numbers in drawn[:40]}) > 35
+    # One member's four of 13 examples, 40 times: each is drawn 12.3 times, with a standard deviation of 2.9.
+    counts = torch.bincount(torch.cat([numbers[0] for numbers in drawn[:40]]), minlength=13)
+    assert counts.sum() == 160
+    assert 2 <= counts.min() <= counts.max() <= 24
+
+
+@FORMS
+@pytest.mark.parametrize("options", [{}, {"distinct_examples": True, "examples_per_step": 3}])
+def test_micro_batches_do_not_change_the_estimate(perturbation, options):
+    model, objective, batch = regression(9)
+    engine, key, read = LocalEngine(model), Key((3,)), {}
+    for micro_batch_size in (None, 1, 2):
+        estimator = build(
+            population_size=6, sigma=0.1, perturbation=perturbation, micro_batch_size=micro_batch_size, **options
+        )
+        estimator.estimate(engine, objective, batch, list(engine.parameters), Key(("rehearsed before",)))
+        objective.numbers.clear()
+        estimate, _ = estimator.estimate(engine, objective, batch, list(engine.parameters), key)
+        together = 6 if perturbation["type"] == "low_rank" else 1
+        assert max(map(len, objective.numbers)) <= together * (micro_batch_size or 9)
+        assert len(torch.cat(objective.numbers)) == 6 * options.get("examples_per_step", 9)
+        read[micro_batch_size] = read_all(engine, estimate)
+    for micro_batch_size in (1, 2):
+        assert torch.allclose(read[micro_batch_size], read[None], rtol=1e-5, atol=1e-5)
+
+
+@FORMS
+@pytest.mark.parametrize("options", [{}, {"examples_per_step": 2}, {"distinct_examples": True, "micro_batch_size": 1}])
+def test_tokens_are_those_that_were_processed_without_padding(perturbation, options):
+    engine, lengths = LocalEngine(tiny_model()), torch.tensor([7, 6, 5, 4, 3, 2, 7])
+    batch = {
+        **token_batch(7),
+        "attention_mask": (torch.arange(7) < lengths[:, None]).long(),
+        "number": torch.arange(7),
+    }
+    estimator = build(population_size=6, sigma=0.01, perturbation=perturbation, **options)
+    objective = Recorded(token_losses)
+    names = list(engine.parameters)
+    estimator.estimate(engine, objective, batch, names, Key(("rehearsed before",)))
+    objective.numbers.clear()
+    _, cost = estimator.estimate(engine, objective, batch, names, Key((0,)))
+    assert cost.tokens == lengths[torch.cat(objective.numbers)].sum()
+    assert cost.forwards == 6
+
+
+def test_cost_tells_the_losses_of_the_examples_drawn():
+    model, objective, batch = regression(13)
+    engine, estimator = LocalEngine(model), build(population_size=6, sigma=1e-4, distinct_examples=True)
+    _, cost, numbers = estimate_and_numbers(estimator, engine, objective, batch, Key((0,)))
+    losses = objective.losses(model, batch)[numbers].mean(1)
+    assert cost.loss == pytest.approx(losses.mean().item(), rel=1e-3)
+    assert cost.loss_spread == pytest.approx(losses.std(correction=0).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "examples", "message"),
+    [
+        (
+            {"examples_per_step": 5},
+            4,
+            r"needs 5 different examples, but its batch has 4; raise batch_size, or lower ex",
+        ),
+        ({"distinct_examples": True}, 2, r"needs 3 different examples, but its batch has 2; .* lower population_size"),
+        ({"distinct_examples": True, "examples_per_step": 2}, 5, r"needs 6 different examples, but its batch has 5"),
+        ({"examples_per_step": 1}, None, "need a batch with tensors"),
+        ({"distinct_examples": True}, None, "need a batch with tensors"),
+    ],
+)
+def test_too_few_examples_are_refused(options, examples, message):
+    model, objective, batch = regression(examples or 1)
+    batch = ["a", "b", "c", "d", "e", "f"] if examples is None else batch
+    with pytest.raises(UserError, match=message):
+        build(population_size=6, **options).estimate(LocalEngine(model), objective, batch, ["weight"], Key((0,)))
+    assert objective.numbers == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distinct_examples": True, "antithetic": False}, "needs antithetic: true"),
+        ({"distinct_examples": True, "fitness_shaping": "centered_rank"}, "write fitness_shaping: none or standardize"),
+        ({"examples_per_step": 0}, "greater than or equal to 1"),
+        ({"micro_batch_size": 0}, "greater than or equal to 1"),
+        ({"members_per_forward": "all"}, "'auto'"),
+    ],
+)
+def test_options_that_do_not_go_together(options, message):
+    with pytest.raises(ValidationError, match=message):
+        build(population_size=6, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [({"examples_per_step": 5}, 5), ({"distinct_examples": True}, 8),
+     ({"distinct_examples": True, "examples_per_step": 2}, 16)],
+)  # fmt: skip
+def test_a_run_whose_batches_are_too_small_is_refused(write_run, options, needed):
+    es = {"type": "es", "learning_rate": 0.1, "population_size": 16, **options}
+    path = write_run(
+        schedule={"estimators": {"mine": es}, "schedule": {"type": "single", "estimator": "mine"}},
+        training={"steps": 1, "batch_size": needed - 1},
+    )
+    message = f"estimator 'mine' needs {needed} different examples a step, but training.batch_size is {needed - 1}"
+    with pytest.raises(UserError, match=message):
+        load_run(path)
+    assert load_run(path, [f"training.batch_size={needed}"]).training.batch_size == needed
+
+
+def test_a_step_of_a_run_with_distinct_examples_is_the_explicit_update():
+    model = AutoModelForCausalLM.from_pretrained(GLASS).eval()
+    batch = {**token_batch(10, 12, 1024), "number": torch.arange(10)}
+    objective, rate = Recorded(token_losses), 1e-3
+    es = {"type": "es", "learning_rate": rate, "population_size": 6, "sigma": 0.01, "distinct_examples": True}
+    plan = {"estimators": {"mine": es}, "schedule": {"type": "single", "estimator": "mine"}}
+    hybrid = HybridOptimizer(model, objective, schedule=plan, seed=4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = hybrid.step(batch)
+    numbers = torch.cat(objective.numbers)[-6 * 3 :].view(6, 3)  # what comes before are rehearsals
+    after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(before, strict=False)
+    key, estimator = Key((4, 0)).fold("mine"), hybrid.estimators["mine"]
+    explicit = explicit_estimate(estimator, hybrid.engine, objective, batch, key, numbers)
+    assert len(numbers.unique()) == 9
+    assert report.tokens == 6 * 3 * 12
+    moved, expected = (
+        torch.cat([change[name].flatten() for name in before])
+        for change in (
+            {name: after[name] - before[name] for name in before},
+            {name: -rate * explicit[name] for name in before},
+        )
+    )
+    assert (moved - expected).norm() < 1e-3 * expected.norm()

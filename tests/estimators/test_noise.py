@@ -49,6 +49,14 @@ def test_bitwise_the_same_on_any_number_of_threads(draw):
     assert torch.equal(one, three)
 
 
+@pytest.mark.parametrize("start", [0, (1 << 31) - 7])
+def test_gaussian_writes_into_given_memory_and_returns_it(start):
+    keys, memory = [KEY.fold(i) for i in range(3)], torch.full((3, 1000), math.nan)
+    drawn = gaussian(keys, start, 1000, CPU, out=memory)
+    assert drawn.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory, gaussian(keys, start, 1000, CPU))
+
+
 def test_values_stay_what_they_were_in_earlier_versions():
     """A saved run is only reproducible while these hold."""
     assert gaussian([Key((0,))], 0, 4, CPU)[0].tolist() == PINNED_GAUSSIAN
