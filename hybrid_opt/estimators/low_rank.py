@@ -86,9 +86,14 @@ class LowRankPerturbation:
         """
         forms = self._rehearsed(engine, objective, batch, names)
         self._drawn.forget()
-        factors: dict[
-            int, Factors
-        ] = {}  # of the members of the last forward pass: micro-batches come one after another
+        held: tuple[Sequence[Member], Factors] | None = None
+
+        def factors_of(some: Sequence[Member], rows: int) -> Factors:
+            nonlocal held
+            if held is None or held[0] != some:  # micro-batches of the same members come one after another
+                held = (some, self._factors(forms.hooks, some))
+            held[1].rows = rows
+            return held[1]
 
         def losses_of(piece: Piece) -> Tensor:
             some = members[piece.members]
