@@ -44,7 +44,7 @@ class DensePerturbation:
         self.sigma = sigma
         self.whole_model = whole_model
         self.forward_size = forward_size or ForwardSize()
-        self._outside: dict[frozenset[str], tuple[frozenset[str], int]] = {}
+        self._outside: dict[tuple[nn.Module, frozenset[str]], tuple[frozenset[str], int]] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """Every parameter of every module can be written."""
@@ -119,11 +119,11 @@ class DensePerturbation:
     def _rehearsed(
         self, engine: Engine, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]
     ) -> tuple[frozenset[str], int]:
-        names = frozenset(parameters)
-        if names not in self._outside:
+        key = (engine.model, frozenset(parameters))
+        if key not in self._outside:
             found = rehearse(engine.model, objective, batch, parameters)
-            self._outside[names] = (found.outside, found.bytes_per_example)
-        return self._outside[names]
+            self._outside[key] = (found.outside, found.bytes_per_example)
+        return self._outside[key]
 
 
 @contextmanager

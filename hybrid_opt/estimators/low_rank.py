@@ -39,6 +39,10 @@ class _Forms:
     dense: Mapping[str, nn.Parameter]
     found: Rehearsal
 
+    def of(self, name: str) -> str:
+        """`low_rank`, `dense` or `frozen`."""
+        return "low_rank" if name in self.hooks.parameters else "dense" if name in self.dense else "frozen"
+
 
 class LowRankPerturbation:
     """`W + sign * sigma / sqrt(r) * B^T A` for a matrix W (m, n); `w + sign * sigma * eps` for a vector.
@@ -61,7 +65,8 @@ class LowRankPerturbation:
         self.otherwise = otherwise
         self.forward_size = forward_size or ForwardSize()
         self.dense = DensePerturbation("gaussian", sigma)
-        self._forms: dict[frozenset[str], _Forms] = {}
+        self._forms: dict[tuple[nn.Module, frozenset[str]], _Forms] = {}
+        self._form_of: dict[str, str] = {}  # how a parameter was last evaluated, and so is updated
         self._drawn = _DrawnNoise()
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
@@ -85,6 +90,7 @@ class LowRankPerturbation:
             UserError: a parameter cannot be evaluated this way, and `otherwise` is `refuse`.
         """
         forms = self._rehearsed(engine, objective, batch, names)
+        self._form_of |= {name: forms.of(name) for name in names}
         self._drawn.forget()
         held: tuple[Sequence[Member], Factors] | None = None
 
@@ -124,7 +130,7 @@ class LowRankPerturbation:
 
     def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:
         """See `Perturbation.add_noise`. For a matrix, one product: `sum_i (c_i B_i)^T A_i = [c_i B_i]^T [A_i]`."""
-        form = self._form_of(shard.name)
+        form = self._form_of.get(shard.name, "low_rank")
         if form == "dense":
             return self.dense.add_noise(keys, coefficients, shard, out)
         if form == "frozen":
@@ -217,18 +223,10 @@ class LowRankPerturbation:
         a, b = noise.split([r * n, r * m], dim=1)
         return (b.div_(math.sqrt(r)) if r > 1 else b).view(-1, r, m), a.view(-1, r, n)
 
-    def _form_of(self, name: str) -> str:
-        for forms in self._forms.values():
-            if name in forms.hooks.parameters:
-                return "low_rank"
-            if name in forms.dense:
-                return "dense"
-        return "frozen" if self._forms else "low_rank"
-
     def _rehearsed(self, engine: Engine, objective: Objective, batch: Any, names: Collection[str]) -> _Forms:
-        key = frozenset(names)
+        key = (engine.model, frozenset(names))
         if key not in self._forms:
-            parameters = {name: p for name, p in engine.parameters.items() if name in key}
+            parameters = {name: p for name, p in engine.parameters.items() if name in key[1]}
             found = rehearse(engine.model, objective, batch, parameters)
             reasons = _found_reasons(found) | why_not(engine.model, parameters)
             if reasons and self.otherwise == "refuse":
@@ -311,10 +309,12 @@ def _of_equal_shape(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
 def _found_reasons(found: Rehearsal) -> dict[str, str]:
     reasons = dict.fromkeys(found.uncalled, "the forward pass does not call the module that it belongs to")
     reasons |= dict.fromkeys(found.outside, "it is used outside its own module's forward pass")
-    for name, rows in found.fixed_rows.items():
-        if rows != 1:  # a single row is dealt out to all members
+    for how, calls in (
+        ("whatever the number of examples", found.fixed_rows),
+        ("that do not come example by example", found.scattered_rows),
+    ):
+        for name, rows in calls.items():
             reasons[name] = (
-                f"its module is called with {rows} rows whatever the number of examples, so the rows of different members "
-                "cannot be told apart"
+                f"its module is called with {rows} rows {how}, so the rows of different members cannot be told apart"
             )
     return reasons

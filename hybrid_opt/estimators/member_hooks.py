@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
-from hybrid_opt.estimators.swapping import owners_of
+from hybrid_opt.estimators.swapping import every_module_called, owners_of
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Factors:
         if name not in self.shared:
             return a @ self.by_direction(x).mT
         together, first, last = self.shared[name]
-        key = (x, x._version, together)
+        key = (x, None if x.is_inference() else x._version, together)
         if self._latest is None or any(old is not new for old, new in zip(self._latest[0], key, strict=True)):
             self._latest = (key, together @ self.by_direction(x).mT)
         return self._latest[1][:, first:last]
@@ -110,6 +110,7 @@ class MemberHooks:
             UserError: a module gets rows that cannot be told apart by member.
         """
         with ExitStack() as stack:
+            stack.enter_context(every_module_called())
             for attach, module, names in self._attach:
                 stack.enter_context(attach(module, names, factors))
             yield
@@ -156,12 +157,7 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
     @contextmanager
     def attach(module, names, factors):
         def hook(module, args, kwargs, output):
-            x = _first(args, kwargs)
-            if len(x) == 1 < factors.rows:  # one row for everybody, such as positions; members part here
-                x = x.expand(factors.rows, *x.shape[1:])
-                output = output.repeat(factors.rows, *[1] * (output.dim() - 1))
-            _refuse_other_rows(module, x, names, factors)
-            return correct(module, x, output, names, factors)
+            return correct(module, _first(args, kwargs), output, names, factors)
 
         handle = module.register_forward_hook(hook, with_kwargs=True)
         try:
@@ -195,9 +191,8 @@ def _linear(module, names, factors):
     """
     is_conv1d = type(module).__name__ == "Conv1D"  # its weight is (in, out), the transpose of a Linear's
 
-    def forward(x):
-        if len(x) == 1 < factors.rows:  # one row for everybody; members part here
-            x = x.expand(factors.rows, *x.shape[1:])
+    def forward(*args, **kwargs):
+        x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
         flat = factors.by_direction(x)
         y = _bias(module, flat, names, factors)
@@ -223,6 +218,9 @@ def _bias(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors)
 
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
     """`y + scale B[:, ids]^T A`; ids (members * rows, ...), y (members * rows, ..., features)."""
+    if ids.dim() == 2 and len(ids) == 1 < factors.rows:  # one row for everybody, such as positions; members part here
+        ids, y = ids.expand(factors.rows, -1), y.expand(factors.rows, -1, -1)
+    _refuse_other_rows(module, ids, names, factors)
     a, b = factors.matrices[names["weight"]]
     rows = ids.reshape(len(a), 1, -1).expand(-1, b.shape[1], -1)
     flat = factors.by_direction(y)
@@ -250,12 +248,7 @@ def _on_lookup(module, names, factors):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             result = function(*args, **(kwargs or {}))
             if function is F.embedding and args[1] is module.weight:
-                ids = args[0]
-                if len(ids) == 1 < factors.rows:
-                    ids = ids.expand(factors.rows, *ids.shape[1:])
-                    result = result.repeat(factors.rows, *[1] * (result.dim() - 1))
-                _refuse_other_rows(module, ids, names, factors)
-                return _embedding(module, ids, result, names, factors)
+                return _embedding(module, args[0], result, names, factors)
             return result
 
     def corrected(*args, **kwargs):
@@ -278,6 +271,7 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 def _torch_norm(module: nn.Module, x: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
     """`normalised(x) * (weight + noise) + bias + noise`, for nn.LayerNorm and nn.RMSNorm."""
+    _refuse_other_rows(module, x, names, factors)
     if isinstance(module, nn.LayerNorm):
         normalised = F.layer_norm(x, module.normalized_shape, eps=module.eps)
     else:

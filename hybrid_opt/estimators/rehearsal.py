@@ -4,6 +4,7 @@ One idea: hooks see what goes in and out of modules. A rehearsal finds out where
 noise that would not reach the losses, or would reach the wrong ones, is found before a single member is evaluated.
 """
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,74 +28,129 @@ class Rehearsal:
     outside: frozenset[str]
     """Parameters that were used outside their own module's forward, such as an embedding's weight multiplied elsewhere."""
     fixed_rows: Mapping[str, int]
-    """Parameters whose module gets as many rows whatever the number of examples -> how many."""
+    """Parameters whose module gets as many rows whatever the number of examples -> how many. One row of numbers for everybody,
+    (1, columns), is left out: its lookups can be dealt out."""
+    scattered_rows: Mapping[str, int]
+    """Parameters whose module gets rows that do not come example by example -> how many."""
     same_input: tuple[tuple[str, ...], ...]
-    """Weights of modules that are called with the very same tensor, such as those of queries, keys and values."""
+    """Weights of linear layers that get the very same tensor one after the other, such as those of queries, keys and values."""
     bytes_per_example: int
     """Most memory that a module's input and output take, with two tensors more of the output's size."""
 
 
 def rehearse(model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Rehearsal:
     """Evaluate the losses of one or two examples, and of the same ones twice over, at the model's own weights."""
-    few = _few(batch)
-    once, outside = _watched(model, objective, few, parameters)
-    examples = count_examples(few)
-    twice = once if examples is None else _watched(model, objective, repeat(few, 2), parameters)[0]
-    fixed = {name: max(rows) for name, rows in once.rows.items() if rows == twice.rows[name] and examples is not None}
+    once, twice, examples = _runs(model, objective, batch, parameters)
+    fixed: dict[str, int] = {}
+    scattered: dict[str, int] = {}
+    for name, calls in once.calls.items() if twice is not None and examples is not None else ():
+        for first, second in zip(calls, twice.calls.get(name, []), strict=False):
+            if first.is_fixed(second):
+                fixed[name] = first.shape[0]
+            elif first.is_scattered(second, examples):
+                scattered[name] = first.shape[0]
     return Rehearsal(
-        uncalled=frozenset(parameters.keys() - once.rows.keys()),
-        outside=frozenset(outside),
-        fixed_rows={name: rows for name, rows in fixed.items() if rows},
-        same_input=_with_same_input(once.inputs),
+        uncalled=frozenset(parameters.keys() - once.calls.keys()),
+        outside=frozenset(once.outside),
+        fixed_rows=fixed,
+        scattered_rows={name: rows for name, rows in scattered.items() if name not in fixed},
+        same_input=tuple(tuple(dict.fromkeys(names)) for names in once.groups if len(set(names)) > 1),
         bytes_per_example=once.bytes // (examples or 1),
     )
 
 
-def _few(batch: Any) -> Any:
-    """Two examples where there are so many: losses are seldom written to expect a single one."""
-    examples = count_examples(batch)
-    return batch if examples is None or examples < 3 else select(batch, torch.arange(2))
+def _runs(
+    model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]
+) -> tuple["_Record", "_Record | None", int | None]:
+    """Records of a few examples and of the same twice over (None if there is no room for them), and how many these few are."""
+    count = count_examples(batch)
+    if count is None:
+        return _watched(model, objective, batch, parameters), None, None
+    for few in (2, 1) if count > 1 else (1,):  # two where there are so many: losses are seldom written for a single one
+        part, once = batch if count == few else select(batch, torch.arange(few)), None
+        try:
+            once = _watched(model, objective, part, parameters)
+            return once, _watched(model, objective, repeat(part, 2), parameters), few
+        except torch.OutOfMemoryError:
+            if few == 1 and once is None:
+                raise
+    return once, None, few
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module was called with."""
+
+    shape: torch.Size
+    is_lookup: bool
+    """Whether it is of integers."""
+    rows: Tensor
+    """A number for each row by which it can be told from others, (rows,), in units of the largest row's norm."""
+
+    def is_fixed(self, doubled: "_Call") -> bool:
+        one_for_all = self.is_lookup and len(self.shape) == 2 and self.shape[0] == 1 < self.shape[1]
+        return self.shape[0] == doubled.shape[0] and not (one_for_all and self.shape == doubled.shape)
+
+    def is_scattered(self, doubled: "_Call", examples: int) -> bool:
+        if self.shape[0] == doubled.shape[0]:
+            return False
+        expected = self.rows.repeat(2)
+        return (
+            self.shape[0] % examples != 0
+            or doubled.rows.shape != expected.shape
+            or not torch.allclose(doubled.rows, expected, rtol=0, atol=1e-2)
+        )
 
 
 class _Record:
     def __init__(self):
-        self.rows: dict[str, set[int]] = {}
-        self.inputs: list[tuple[str, Tensor]] = []
+        self.calls: dict[str, list[_Call]] = {}
+        self.groups: list[list[str]] = []
+        self.outside: set[str] = set()
         self.bytes = 0
+        self._last = lambda: None
+
+    def note(self, module: nn.Module, names: Mapping[str, str], x: Tensor | None) -> None:
+        for name in names.values():
+            self.calls.setdefault(name, [])
+            if x is not None and x.dim():
+                self.calls[name].append(
+                    _Call(x.shape, not x.is_floating_point(), _told_apart(x.reshape(len(x), -1).float()))
+                )
+        if type(module) is nn.Linear and "weight" in names and x is not None:
+            if self._last() is not x:
+                self.groups.append([])
+            self.groups[-1].append(names["weight"])
+            self._last = weakref.ref(x)
 
 
-def _with_same_input(inputs: list[tuple[str, Tensor]]) -> tuple[tuple[str, ...], ...]:
-    groups: dict[int, dict[str, None]] = {}
-    for name, x in inputs:
-        groups.setdefault(id(x), {})[name] = None
-    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+def _told_apart(rows: Tensor) -> Tensor:
+    """Each row's product with a fixed vector of no simple form."""
+    projection = torch.arange(1, rows.shape[1] + 1, device=rows.device).sqrt().mul_(17).sin_()
+    return (rows / rows.norm(dim=1).max().clamp(min=1e-30)) @ projection
 
 
-def _watched(
-    model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]
-) -> tuple[_Record, set[str]]:
-    record, uses = _Record(), _Uses(parameters)
+def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> _Record:
+    # A module sees other tensors of the same values, so a use of the parameter itself is a use outside.
+    aliases = {name: p.detach() for name, p in parameters.items()}
+    record = _Record()
     with ExitStack() as stack:
         for module, names in owners_of(model, parameters).items():
-            stack.enter_context(_recorded_rows(module, names, record))
+            stack.enter_context(_recorded_calls(module, names, record))
         for module in model.modules():
             if not list(module.children()):
                 stack.enter_context(_recorded_size(module, record))
-        # A module sees other tensors of the same values, so a use of the parameter itself is a use outside.
-        stack.enter_context(while_running(model, parameters, lambda name: parameters[name].detach()))
-        stack.enter_context(uses)
+        stack.enter_context(while_running(model, parameters, aliases.__getitem__))
+        stack.enter_context(_Uses(parameters, record))
         objective.losses(model, batch)
-    return record, uses.seen
+    return record
 
 
 @contextmanager
-def _recorded_rows(module: nn.Module, names: Mapping[str, str], record: _Record) -> Iterator[None]:
+def _recorded_calls(module: nn.Module, names: Mapping[str, str], record: _Record) -> Iterator[None]:
     def before(module, args, kwargs):
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        if x is not None and "weight" in names:
-            record.inputs.append((names["weight"], x))
-        for name in names.values():
-            record.rows.setdefault(name, set()).add(len(x) if x is not None and x.dim() else 0)
+        record.note(module, names, x)
 
     handle = module.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -117,18 +173,18 @@ def _recorded_size(module: nn.Module, record: _Record) -> Iterator[None]:
 
 
 class _Uses(TorchFunctionMode):
-    """Notes which of the parameters are handed to a torch function."""
+    """Notes which of the parameters are handed to a torch function that makes tensors of them."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], record: _Record):
         super().__init__()
         self.names = {id(p): name for name, p in parameters.items()}
-        self.seen: set[str] = set()
+        self.record = record
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if isinstance(result, (Tensor, list, tuple)) and function is not Tensor.detach:  # a shape or a dtype is no use
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # a shape or a dtype is no use
             for leaf in tree_leaves((args, kwargs)):
                 if id(leaf) in self.names:
-                    self.seen.add(self.names[id(leaf)])
+                    self.record.outside.add(self.names[id(leaf)])
         return result

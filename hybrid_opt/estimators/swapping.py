@@ -7,6 +7,7 @@ a hook after it puts the own ones back. The own ones are never written, and only
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,6 +20,17 @@ def owners_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[
         if own:
             owners[module] = own
     return owners
+
+
+@contextmanager
+def every_module_called() -> Iterator[None]:
+    """Inside, torch's encoder layers call the modules that they are made of instead of one fused function."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -46,7 +58,8 @@ def while_running(
                 module.register_forward_pre_hook(before),
                 module.register_forward_hook(after, always_call=True),
             ]
-        yield
+        with every_module_called():
+            yield
     finally:
         for handle in handles:
             handle.remove()

@@ -7,12 +7,13 @@ import torch
 
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators import forward_size
+from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import FunctionObjective
-from tests.conftest import tiny_model, token_batch, token_losses
+from tests.conftest import losses_of_members, tiny_model, token_batch, token_losses
 
 CPU = torch.device("cpu")
 MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(8)]
@@ -48,6 +49,7 @@ def test_members_are_split_evenly_and_pairs_stay_together():
 def test_micro_batches_split_examples_evenly():
     assert pieces(ForwardSize(members=8, examples=2)) == [(8, 1), (8, 2)]
     assert pieces(ForwardSize(members=4, examples=1)) == [(4, 1)] * 6
+    assert pieces(ForwardSize(examples=50)) == pieces(ForwardSize(examples=3)) == [(8, 3)]  # more than there are
 
 
 def test_by_itself_it_takes_what_is_efficient_and_fits(monkeypatch):
@@ -95,11 +97,36 @@ def test_what_does_not_fit_alone_is_an_error():
 
     def losses(model, batch):
         calls.append(len(batch["input_ids"]))
-        if len(calls) > 2:  # the first two are the rehearsal's
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    perturbation = LowRankPerturbation(1, 0.05, forward_size=ForwardSize(members=2))
+    losses_of_members(engine, perturbation, list(engine.parameters), MEMBERS)  # begins with a rehearsal
+    with pytest.raises(torch.OutOfMemoryError):
+        losses_of_members(engine, perturbation, list(engine.parameters), MEMBERS, losses)
+    assert calls == [6, 3, 1]
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+@pytest.mark.parametrize("settings", [{}, {"members": 4, "examples": 2}])
+def test_whatever_fits_the_losses_are_the_same(most, settings):
+    """From the rehearsal on, which takes fewer examples too, down to a single row."""
+    engine, rows = LocalEngine(tiny_model(), device="cpu"), []
+    names = list(engine.parameters)
+
+    def losses(model, batch):
+        rows.append(len(batch["input_ids"]))
+        if rows[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return token_losses(model, batch)
 
-    perturbation = LowRankPerturbation(1, 0.05, forward_size=ForwardSize(members=2))
-    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-        perturbation.evaluate(engine, FunctionObjective(losses), BATCH, list(engine.parameters), MEMBERS, EXAMPLES)
-    assert calls == [2, 4, 6, 3, 1]
+    for kind in (LowRankPerturbation, DensePerturbation):
+        form = 1 if kind is LowRankPerturbation else "gaussian"
+        expected = losses_of_members(engine, kind(form, 0.05), names, MEMBERS)
+        limited = kind(form, 0.05, forward_size=ForwardSize(**settings))
+        for _ in range(2):
+            rows.clear()
+            assert torch.allclose(
+                losses_of_members(engine, limited, names, MEMBERS, losses), expected, rtol=0, atol=1e-5
+            )
+        assert max(rows) <= most
