@@ -84,7 +84,7 @@ class ForwardSize:
         return max(1, min(efficient, fits, self._fits or fits))
 
     def _pieces(self, members: int, examples: int, together: int, rows: int, most: int | None) -> list[Piece]:
-        examples_a_pass = self.examples or min(examples, rows)
+        examples_a_pass = min(examples, self.examples or rows)
         members_a_pass = min(self.members or max(1, rows // examples_a_pass), most or members)
         if self._fits is not None:
             examples_a_pass = min(examples_a_pass, self._fits)
