@@ -67,10 +67,10 @@ class Factors:
         Matrices that share an input are multiplied with it together, so it is read once.
         """
         # The transposed product is the fast one of a batched product with so few columns.
-        if name not in self.shared:
+        if name not in self.shared or x.is_inference():  # such a tensor does not tell whether it has been written
             return a @ self.by_direction(x).mT
         together, first, last = self.shared[name]
-        key = (x, None if x.is_inference() else x._version, together)
+        key = (x, x._version, together)
         if self._latest is None or any(old is not new for old, new in zip(self._latest[0], key, strict=True)):
             self._latest = (key, together @ self.by_direction(x).mT)
         return self._latest[1][:, first:last]
@@ -174,8 +174,11 @@ def _first(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> None:
-    """Rows that are not the batch's (positions shared by all, tokens sorted to experts) have no member of their own."""
-    if len(x) % factors.rows:
+    """Rows that are not the batch's (positions shared by all, tokens sorted to experts) have no member of their own.
+
+    If there is only one member, all rows are its own.
+    """
+    if factors.scale.numel() > 1 and len(x) % factors.rows:
         reason = (
             f"its {type(module).__name__} module is called with {len(x)} rows for {factors.rows} examples, so the rows of "
             "different members cannot be told apart"
@@ -218,7 +221,8 @@ def _bias(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors)
 
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
     """`y + scale B[:, ids]^T A`; ids (members * rows, ...), y (members * rows, ..., features)."""
-    if ids.dim() == 2 and len(ids) == 1 < factors.rows:  # one row for everybody, such as positions; members part here
+    # One row for everybody, such as positions: members part here.
+    if factors.scale.numel() > 1 and ids.dim() == 2 and len(ids) == 1 < factors.rows:
         ids, y = ids.expand(factors.rows, -1), y.expand(factors.rows, -1, -1)
     _refuse_other_rows(module, ids, names, factors)
     a, b = factors.matrices[names["weight"]]
@@ -292,6 +296,8 @@ def _of_each_row(attribute: str, module: nn.Module, x: Tensor, names: dict[str, 
         return parameter
     noise = factors.vectors[names[attribute]].flatten(1).unsqueeze(1) * factors.scale.unsqueeze(-1)
     of_each = noise.flatten(0, 1).view(-1, *parameter.shape) + parameter.float()
+    if len(of_each) == 1:
+        return of_each[0]
     rows = of_each.repeat_interleave(len(x) // len(of_each), dim=0)
     return rows.view(len(x), *[1] * (x.dim() - 1 - parameter.dim()), *parameter.shape)
 

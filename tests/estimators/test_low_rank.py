@@ -134,6 +134,7 @@ def test_layers_that_share_an_input_which_is_written_in_between():
 
     assert agree(Model(), sum_losses, X)
     assert agree(Model(), sum_losses, X, otherwise="frozen", names=["layers.0.weight", "layers.1.bias"])
+    assert agree(Model(), torch.inference_mode()(sum_losses), X)
 
 
 # ---------------------------------------------------------------- encoders
@@ -599,6 +600,20 @@ def test_dense_and_low_rank_members_see_their_own_examples():
     """With dense noise every forward pass holds one member, whatever is asked for."""
     model, batch, _, _ = build("own head")
     assert agree(model, sum_losses, batch, otherwise="dense", size=ForwardSize(members=4, examples=2))
+
+
+@pytest.mark.parametrize("otherwise", ["refuse", "dense"])
+def test_a_forward_pass_of_one_member_has_no_rows_to_tell_apart(otherwise):
+    """Even where a rehearsal finds nothing: the first two examples have as many tokens for each expert, others have not."""
+    model, x = Experts(), torch.randn(3, 4, 8)
+    with torch.no_grad():
+        model.router.weight.copy_(torch.tensor([[1.0], [-1.0]]) * torch.eye(8)[0])
+        model.router.bias.zero_()
+    x[..., 0] = torch.tensor([[9, 9, -9, -9], [9, 9, -9, -9], [9, 9, 9, -9]])
+    names = [f"experts.{i}.{name}" for i in range(2) for name in ("weight", "bias")]
+    assert agree(model, sum_losses, x, names, otherwise, size=ForwardSize(members=1))
+    with pytest.raises(UserError, match=r"experts.0.weight because its Linear module is called with \d+ rows for 18"):
+        agree(model, sum_losses, x, names, size=ForwardSize(members=6))
 
 
 def test_a_parameter_is_updated_as_it_was_last_evaluated():

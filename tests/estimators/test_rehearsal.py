@@ -81,6 +81,25 @@ def test_batches_without_tensors_are_evaluated_whole_and_once():
     assert dict(found.fixed_rows) == {}
 
 
+@pytest.mark.parametrize("kind", ["generated", "drawn"])
+def test_inputs_that_are_drawn_at_random_are_no_scattered_rows(kind):
+    """An objective that samples texts, or masks tokens, sees other tokens each time."""
+    model = tiny_model()
+
+    def losses(model, batch):
+        ids = batch["input_ids"]
+        if kind == "generated":
+            mask = torch.ones_like(ids)
+            model.generate(input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=8, pad_token_id=0)
+        return token_losses(model, {**batch, "input_ids": torch.where(torch.rand(ids.shape) < 0.5, ids, 3)})
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = rehearsed(model, losses, token_batch())
+    assert (found.uncalled, found.outside) == (frozenset(), frozenset())
+    assert (dict(found.fixed_rows), dict(found.scattered_rows)) == ({}, {})
+
+
 @pytest.mark.parametrize("fails_at", [None, 1, 2])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_the_model_is_left_as_it_was(fails_at, error):
@@ -132,4 +151,4 @@ def test_fewer_examples_where_memory_is_short(most):
     found = rehearsed(Odd(), losses)
     assert "words.weight" in found.outside
     assert ("places.weight" in found.fixed_rows) == (most > 1)  # else no forward pass will hold two members
-    assert rows == {1: [2, 1, 2], 2: [2, 4, 1, 2], 3: [2, 4, 1, 2]}[most]
+    assert set(rows) == ({1, 2} if most == 1 else {1, 2, 4})
