@@ -28,6 +28,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def present_memory_bytes(device: torch.device) -> int | None:
+    """What `peak_memory_bytes` would be if it were reached now; None where the operating system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _kilobytes(STATUS, "VmRSS") if STATUS.exists() else None
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that this process could still allocate on a device.
 

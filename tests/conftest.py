@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is
 import pytest
 import torch
 import yaml
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_opt.objectives.contract import FunctionObjective, count_examples
@@ -141,3 +142,25 @@ def write_run(tmp_path):
         return path
 
     return write
+
+
+class Attention(nn.MultiheadAttention):
+    """It reads its output projection's weight without calling the module."""
+
+    def __init__(self):
+        super().__init__(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    """An LSTM reads its weights from a list of its own, which it makes anew where they have changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, x):
+        # torch sums in another order where a weight requires no gradient, unless the input is contiguous.
+        return self.head(self.lstm(x)[0].contiguous())

@@ -1,4 +1,4 @@
-"""Dense perturbation: every weight gets a noise value of its own. Next: `low_rank.py`.
+"""Dense perturbation: every weight gets a noise value of its own. Next: `forward_size.py`.
 
 One idea: members are evaluated one at a time with weights made for them, and the model's own weights stay what they are or
 are put back from a copy, never by subtracting the noise again: 100 rounds of adding and subtracting change bfloat16
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.rehearsal import rehearse
@@ -68,7 +68,7 @@ class DensePerturbation:
                 return objective.losses(engine.model, part).float().view(1, -1)
 
         if examples is None:
-            return torch.cat([losses_of(Piece(slice(i, i + 1), slice(None))) for i in range(len(members))])
+            return one_by_one(losses_of, len(members))
         return self.forward_size.evaluate(losses_of, batch, examples, 1, bytes_per_example, engine.device, most=1)
 
     @contextmanager

@@ -111,6 +111,11 @@ class ForwardSize:
             torch.cuda.empty_cache()
 
 
+def one_by_one(losses_of: Callable[[Piece], Tensor], members: int) -> Tensor:
+    """All losses of a batch without tensors, which cannot be cut or repeated: a forward pass for each member."""
+    return torch.cat([losses_of(Piece(slice(i, i + 1), slice(None))) for i in range(members)])
+
+
 def _evenly(count: int, at_most: int) -> list[slice]:
     """`count` things in as few slices as `at_most` allows, whose sizes differ by one at most."""
     parts = math.ceil(count / at_most)

@@ -1,4 +1,4 @@
-"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `es.py`.
+"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `drawn_noise.py`.
 
 One idea: a matrix's noise is `E = B^T A / sqrt(r)` with B (r, m) and A (r, n) standard normal, so a layer's output for a
 perturbed matrix is its plain output plus two thin products, which can differ from row to row of a batch.
@@ -18,16 +18,14 @@ from torch import Tensor, nn
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece
+from hybrid_opt.estimators.drawn_noise import DrawnNoise
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
 from hybrid_opt.objectives.contract import Objective, select
-
-KEPT_BYTES = 256 << 20
-"""Most memory for noise that is kept from a step's evaluation to its update."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class LowRankPerturbation:
         self.dense = DensePerturbation("gaussian", sigma)
         self._forms: dict[tuple[nn.Module, frozenset[str]], _Forms] = {}
         self._form_of: dict[str, str] = {}  # how a parameter was last evaluated, and so is updated
-        self._drawn = _DrawnNoise()
+        self._drawn = DrawnNoise()
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Perturbation.check`."""
@@ -116,8 +114,8 @@ class LowRankPerturbation:
                 )
             return losses.float().view(len(some), -1)
 
-        if examples is None:  # a batch without tensors cannot be repeated, so members go one by one
-            return torch.cat([losses_of(Piece(slice(i, i + 1), slice(None))) for i in range(len(members))])
+        if examples is None:
+            return one_by_one(losses_of, len(members))
         return self.forward_size.evaluate(
             losses_of,
             batch,
@@ -239,57 +237,6 @@ class LowRankPerturbation:
             dense = {name: parameters[name] for name in reasons} if self.otherwise == "dense" else {}
             self._forms[key] = _Forms(MemberHooks(engine.model, low_rank, found.same_input), dense, found)
         return self._forms[key]
-
-
-class _DrawnNoise:
-    """Factors drawn for a step's evaluation, kept for its update as far as they take little memory.
-
-    Drawing them again gives the same values, so this saves time only.
-    """
-
-    def __init__(self):
-        self._memory: list[Tensor] = []
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin a new step."""
-        self._used = 0
-        self._pieces: dict[str, list[list[Tensor]]] = {}
-        self._directions: dict[str, list[Key]] = {}
-        self._bytes = 0
-
-    def memory(self, keys: int, count: int, device: torch.device) -> Tensor | None:
-        """Memory (keys, count) float32 that the step before used at this place, or new memory that the next one will find.
-
-        New memory would take longer to get from the operating system than to be filled. None: there is no room to keep it.
-        """
-        self._bytes += 4 * keys * count
-        if self._bytes > KEPT_BYTES:
-            return None
-        if self._used == len(self._memory) or self._memory[self._used].shape != (keys, count):
-            del self._memory[self._used :]
-            self._memory.append(torch.empty(keys, count, device=device))
-        self._used += 1
-        return self._memory[self._used - 1]
-
-    def keep(self, names: Sequence[str], directions: list[Key], drawn: Sequence[Tensor]) -> None:
-        """Noise of several parameters, one or two tensors (names, directions, ...)."""
-        if self._bytes > KEPT_BYTES:
-            self._pieces.clear()
-            self._directions.clear()
-            return
-        for name, *noise in zip(names, *drawn, strict=True):
-            self._pieces.setdefault(name, []).append(noise)
-            self._directions.setdefault(name, []).extend(directions)
-
-    def recall(self, keys: Sequence[Key], name: str, first: int, last: int) -> list[Tensor] | None:
-        """The noise for all the keys, the first tensor's last dimension cut to `first` to `last`; None if some is not here."""
-        if self._directions.get(name) != list(keys):
-            return None
-        first_tensor, *others = (
-            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._pieces[name], strict=True)
-        )
-        return [first_tensor[..., first:last], *others]
 
 
 def _members_per_direction(members: Sequence[Member]) -> int:

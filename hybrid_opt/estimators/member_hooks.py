@@ -94,11 +94,10 @@ class MemberHooks:
         if reasons := why_not(model, parameters):
             raise UserError(refusal(*next(iter(reasons.items()))))
         self.parameters = parameters
-        linear = {
-            name for m, names in owners_of(model, parameters).items() if type(m) is nn.Linear for name in names.values()
-        }
+        owners = owners_of(model, parameters)
+        linear = {name for module, names in owners.items() if type(module) is nn.Linear for name in names.values()}
         self.same_input = [names for names in same_input if linear.issuperset(names)]
-        self._attach = [(_family(module), module, names) for module, names in owners_of(model, parameters).items()]
+        self._attach = [(_family(module), module, names) for module, names in owners.items()]
 
     @contextmanager
     def attached(self, factors: Factors) -> Iterator[None]:

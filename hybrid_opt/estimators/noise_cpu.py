@@ -69,12 +69,8 @@ def _hash(word, k0, k1):
 
 @_compiled("void(uint32, uint32[::1], float32[::1], int64)")
 def _gaussian_block(first, key, out, words):
-    k0, k1, k2, k3 = (
-        key[0],
-        key[1],
-        key[2],
-        key[3],
-    )  # read once: a store to `out` might change them for all the compiler knows
+    # Read once: for all that the compiler knows, a store to `out` might change them.
+    k0, k1, k2, k3 = key[0], key[1], key[2], key[3]
     uniform = np.empty(words, f32)
     raw = uniform.view(np.int32)
     exponent = np.empty(words, i32)

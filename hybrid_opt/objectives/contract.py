@@ -130,11 +130,6 @@ def select(batch: Any, examples: Tensor) -> Any:
     return walk(batch)
 
 
-def repeat(batch: Any, times: int) -> Any:
-    """The batch with all its examples repeated, (times * examples, ...), repetition-major."""
-    return select(batch, torch.arange(count_examples(batch)).repeat(times))
-
-
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on a device."""
     return map_tensors(lambda t: t.to(device), batch)

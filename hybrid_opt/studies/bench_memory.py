@@ -7,7 +7,6 @@ One idea: a process that has done nothing but load the model has no peak of some
 import contextlib
 import gc
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hybrid_opt.memory import peak_memory_bytes
+from hybrid_opt.memory import peak_memory_bytes, present_memory_bytes
 from hybrid_opt.studies.bench_plan import Case
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, build_step, load_for, problem_of
 
@@ -65,7 +64,7 @@ def measure(row: str, case: Case) -> Memory:
         step = build_step(row, case, load_for(row, case))
         gc.collect()
         _forget_peak(device)
-        loaded = _now(device)
+        loaded = present_memory_bytes(device)
         for _ in range(2):
             step()
         return Memory(peak_memory_bytes(device) or None, loaded)
@@ -86,14 +85,6 @@ def _forget_peak(device: torch.device) -> None:
     elif (switch := Path("/proc/self/clear_refs")).exists():
         with contextlib.suppress(OSError):  # some containers forbid it; then loading the model counts too
             switch.write_text("5")  # 5: set VmHWM back to the present size, says proc(5)
-
-
-def _now(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux
-    found = re.search(r"^VmRSS:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 if __name__ == "__main__":

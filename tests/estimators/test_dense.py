@@ -13,32 +13,18 @@ from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import FunctionObjective
-from tests.conftest import losses_of_members, losses_of_written_weights, tiny_model, token_batch, token_losses
+from tests.conftest import (
+    Attention,
+    Recurrent,
+    losses_of_members,
+    losses_of_written_weights,
+    tiny_model,
+    token_batch,
+    token_losses,
+)
 
 MEMBERS = [Member(Key((1,)), 1), Member(Key((1,)), -1), Member(Key((2,)), 1)]
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(3))
-
-
-class Attention(nn.MultiheadAttention):
-    """It reads its output projection's weight without calling the module."""
-
-    def __init__(self):
-        super().__init__(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return super().forward(x, x, x)[0]
-
-
-class Recurrent(nn.Module):
-    """An LSTM reads its weights from a list of its own, which it makes anew where they have changed."""
-
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, x):
-        # torch sums in another order where a weight requires no gradient, unless the input is contiguous.
-        return self.head(self.lstm(x)[0].contiguous())
 
 
 class Parent(nn.Module):

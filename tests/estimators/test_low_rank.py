@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators import low_rank
+from hybrid_opt.estimators import drawn_noise, low_rank
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
@@ -22,7 +22,15 @@ from hybrid_opt.estimators.member_hooks import MemberHooks
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import FunctionObjective
-from tests.conftest import losses_of_members, losses_of_written_weights, tiny_model, token_batch, token_losses
+from tests.conftest import (
+    Attention,
+    Recurrent,
+    losses_of_members,
+    losses_of_written_weights,
+    tiny_model,
+    token_batch,
+    token_losses,
+)
 
 SIGMA = 0.05
 MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(6)]
@@ -404,7 +412,7 @@ def test_noise_of_an_evaluation_is_kept_for_its_update(a_forward, no_new_noise):
     ids=["nothing kept", "some kept", "pairs parted", "micro-batches"],
 )
 def test_noise_that_is_not_kept_is_drawn_again(settings, kept_bytes, monkeypatch):
-    monkeypatch.setattr(low_rank, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(drawn_noise, "KEPT_BYTES", kept_bytes)
     engine = LocalEngine(tiny_model("gpt2"))
     perturbation = LowRankPerturbation(2, SIGMA, forward_size=ForwardSize(**settings))
     drawn = update_of(engine, perturbation)
@@ -447,23 +455,6 @@ class Gate(nn.Module):
 
     def forward(self, x):
         return self.layer(x) * self.scale
-
-
-class Attention(nn.MultiheadAttention):
-    def __init__(self):
-        super().__init__(8, 2, batch_first=True)
-
-    def forward(self, x):
-        return super().forward(x, x, x)[0]
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
-
-    def forward(self, x):
-        return self.head(self.lstm(x)[0])
 
 
 class OwnHead(nn.Module):
