@@ -50,10 +50,11 @@ def train(
     from rich.console import Console
 
     from hybrid_opt.config import located
+    from hybrid_opt.engines.ranks import launched_rank
     from hybrid_opt.training.build import build
     from hybrid_opt.training.progress import ProgressBar, summary_table
 
-    console = Console()
+    console = Console(quiet=launched_rank() > 0)
     with located(source):
         trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
         summary = trainer.train()
@@ -179,12 +180,25 @@ def _quiet() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def _take_local_rank(arguments: list[str]) -> None:
+    """The deepspeed launcher writes `--local_rank=N` in front of all other arguments; torchrun sets a variable instead."""
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if option in ("--local_rank", "--local-rank"):
+            value = value if equals else "".join(arguments[i + 1 : i + 2])
+            os.environ.setdefault("LOCAL_RANK", value)
+            del arguments[i : i + (1 if equals else 2)]
+            return
+
+
 def main() -> None:
     """Entry point of `hybrid-opt` and `python -m hybrid_opt`."""
+    _take_local_rank(sys.argv)
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

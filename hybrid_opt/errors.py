@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend; the command line shows its message alone and exits with 2."""
+"""The exception for mistakes that a user can mend; the command line shows its message alone and exits with 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Says what is wrong, where (file, key, parameter name), and what to write instead."""
+
+
+class DivergedError(UserError):
+    """A loss is no longer finite; every process of a run finds that at the same step."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

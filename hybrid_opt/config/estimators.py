@@ -170,10 +170,18 @@ class Backprop(LearningRate):
     """Largest norm of the whole gradient; null: no clipping."""
     accumulation: PositiveInt = 1
     """Parts into which a batch is split, one backward pass each; the gradient is that of the whole batch."""
+    micro_batch_size: PositiveInt | None = None
+    """Most examples in a backward pass (on each rank), instead of accumulation; null: as accumulation says."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them (Hugging Face models)."""
     autocast: Literal["bfloat16"] | None = None
     """Run the forward pass under `torch.autocast` in this dtype."""
+
+    @model_validator(mode="after")
+    def _one_split(self):
+        if self.micro_batch_size is not None and self.accumulation > 1:
+            raise ValueError("accumulation and micro_batch_size both say how a batch is split; keep one of them")
+        return self
 
     @field_validator("optimizer_arguments")
     @classmethod

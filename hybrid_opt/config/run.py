@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
@@ -151,19 +152,6 @@ class Training(Strict):
     """Steps between checkpoints; 0: only when interrupted."""
 
 
-class LocalEngine(Strict):
-    """One process, one device."""
-
-    type: Literal["local"]
-    device: str = "auto"
-    """`auto` (CUDA if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-    master_weights: Literal["fp32", "stochastic_rounding", "none"] = "fp32"
-    """How small updates add up where the model's dtype is narrower than float32: in a float32 copy of the weights; by rounding
-    each update up or down at random, seeded, without a copy (bfloat16 only); or not (rounded to the nearest value, a
-    bfloat16 weight of 0.02 loses most of an update of 1e-5). The copy is the default because it loses nothing; it costs 4
-    bytes a weight."""
-
-
 def _path_or_inline(schema: dict[str, Any]) -> None:
     """A run file may name its schedule file; the loader puts the file's content there before validation."""
     inline = schema["properties"]["schedule"]
@@ -188,7 +176,7 @@ class RunFile(Strict):
     """What is minimised."""
     training: Training
     """For how long."""
-    engine: LocalEngine = LocalEngine(type="local")
+    engine: Engine = LocalEngine(type="local")
     """Where the weights live."""
     schedule: ScheduleFile
     """A path, a shipped recipe's name, or a schedule file's content."""
@@ -201,6 +189,30 @@ class RunFile(Strict):
             raise ValueError("objective choice needs data.prompt, data.completion and data.choices")
         if self.data.choices and isinstance(self.objective, CausalLm):
             raise ValueError("objective causal_lm does not use data.choices; write choice, or drop data.choices")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_is_one(self):
+        engine, given = self.engine, "dtype" in self.model.model_fields_set
+        for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+            wanted = getattr(engine, key, None)
+            if given and wanted is not None and wanted != (self.model.dtype == dtype):
+                raise ValueError(
+                    f"engine.{key} is {str(wanted).lower()}, but model.dtype is {self.model.dtype}; drop one of them"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_copy_is_possible(self):
+        for name, estimator in self.schedule.estimators.items() if isinstance(self.engine, ZeroEngine) else ():
+            if (
+                self.engine.zero_stage == 3
+                and getattr(getattr(estimator, "perturbation", None), "backup", "") == "model"
+            ):
+                raise ValueError(
+                    f"the estimator {name!r} keeps a copy of the whole model (backup: model), but zero_stage 3 spreads it over "
+                    "the ranks; write backup: layer"
+                )
         return self
 
     @model_validator(mode="after")

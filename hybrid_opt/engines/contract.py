@@ -4,14 +4,16 @@ One idea: estimators and update rules see weights only as Shards, flat slices of
 how the weights are spread over devices and processes.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from hybrid_opt.engines.ranks import Ranks
     from hybrid_opt.engines.update_rules import UpdateRule
     from hybrid_opt.estimators.contract import Estimate
 
@@ -50,6 +52,9 @@ class Engine(Protocol):
 
     model: nn.Module
     device: torch.device
+    ranks: "Ranks"
+    independent_forwards: bool
+    """Whether this process can run the model without the others, so that it may make more or fewer forward passes than they."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -60,6 +65,15 @@ class Engine(Protocol):
         """This process's shards of the named parameters."""
         ...
 
+    def gradients(self, losses: Sequence[Callable[[], Tensor]], names: Collection[str]) -> tuple["Estimate", float]:
+        """The gradient of a sum of losses with respect to the named parameters, and the sum.
+
+        Args:
+            losses: each computes a part of the sum, a scalar, whose backward pass is made before the next is computed. Ranks
+                have different parts, but equally many; the sum is over all of them.
+        """
+        ...
+
     def apply(self, contributions: Sequence[Contribution], step: int) -> None:
         """Apply all contributions of a step, counted from 0, together.
 
@@ -68,10 +82,41 @@ class Engine(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and optimizer state, as tensors and plain values."""
+    def is_finite(self) -> bool:
+        """Whether no weight that may move is infinite or NaN, on any rank."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """On rank 0 the model's state dict with every parameter whole; None on other ranks."""
         ...
+
+    def layout(self) -> dict[str, int]:
+        """How the state is spread: a checkpoint can only be loaded under the same `ranks` and `zero_stage` (0: none)."""
+        ...
+
+    def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """This rank's weights and optimizer state, as tensors and plain values. What all ranks have in common may be in rank
+        0's alone.
+
+        Args:
+            folder: a new folder, for what only the engine's library can save; LocalEngine needs none.
+        """
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """Put back what `state_dict` gave and wrote."""
+        ...
+
+    def leave(self) -> None:
+        """The run is over: wait for the other ranks, and exchange nothing any more."""
+        ...
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Shape of a parameter, also of one that ZeRO-3 has left empty here because its parts lie in several processes."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def is_spread(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 keeps the parameter's parts in several processes."""
+    return hasattr(parameter, "ds_shape")

@@ -1,12 +1,12 @@
-"""The engine for one process: weights in plain torch tensors. Next: `../training/attribution.py`.
+"""The engine for one process: weights in plain torch tensors. Next: `ranks.py`, then `zero.py`.
 
-One idea: updates are always added to float32 weights. For a float32 model these are the model's own; for a narrower one
-they are a copy that is kept (master weights), or one parameter's copy made for the update and rounded back at once.
+One idea: updates are always added to float32 weights, which `master_weights.py` provides where the model has narrower ones.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +14,31 @@ from torch import Tensor, nn
 
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Contribution, Shard
-from hybrid_opt.engines.rounding import round_stochastically
+from hybrid_opt.engines.direct import moved_directly, update_directly
+from hybrid_opt.engines.master_weights import MasterWeights
+from hybrid_opt.engines.ranks import Ranks
+from hybrid_opt.engines.torch_optimizer import build_optimizer
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.modes import requiring_grad
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients by parameter name."""
+
+    by_name: dict[str, Tensor]
+
+    def read(self, shard: Shard) -> Tensor:
+        """A slice of the parameter's gradient, float32; zeros if the loss does not depend on the parameter."""
+        gradient = self.by_name.get(shard.name)
+        if gradient is None:
+            return torch.zeros_like(shard.data, dtype=torch.float32)
+        return gradient.reshape(-1)[shard.start : shard.start + shard.data.numel()].float()
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """See `Estimate.add_to`."""
+        out.add_(self.read(shard), alpha=factor)
 
 
 class LocalEngine:
@@ -38,6 +59,9 @@ class LocalEngine:
             another dtype than bfloat16.
     """
 
+    ranks = Ranks()
+    independent_forwards = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -54,41 +78,49 @@ class LocalEngine:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UserError("model: every parameter is frozen (requires_grad is False), so there is nothing to train")
-        self.stochastic = master_weights == "stochastic_rounding"
-        if self.stochastic:
-            _refuse_other_dtypes(self.parameters)
-        self.key = Key((seed, "rounding"))
+        self.master_weights = MasterWeights(master_weights, seed)
+        self.master_weights.check(self.parameters)
         self.masters = {
-            name: _master(p, keep=master_weights == "fp32")
+            name: nn.Parameter(p.detach().float().clone()) if self.master_weights.needed(p) else p
             for name, p in self.parameters.items()
             if movable is None or name in movable
         }
         self.gradient_clipping = backprop.gradient_clipping if backprop else None
-        self.optimizer = _optimizer(backprop, [self.masters[name] for name in self._ordered(names)])
+        masters = [self.masters[name] for name in self._ordered(names)]
+        self.optimizer = build_optimizer(backprop, masters) if backprop and masters else None
 
     def shards(self, names: Collection[str]) -> Iterator[Shard]:
         """One shard a parameter: all of it."""
         for name in self._ordered(names):
             yield Shard(name, self.masters[name].data.view(-1), 0, self.parameters[name].shape)
 
+    def gradients(self, losses: Sequence[Callable[[], Tensor]], names: Collection[str]) -> tuple[Gradients, float]:
+        """See `Engine.gradients`. Gradients are taken off the parameters, so nothing that runs later can change them."""
+        total = 0.0
+        parameters = {name: p for name, p in self.parameters.items() if name in names}
+        with requiring_grad(self.parameters, names), _without_grad(parameters.values()):
+            for loss_of in losses:
+                loss = loss_of()
+                loss.backward()
+                total += loss.item()
+            return Gradients({name: p.grad for name, p in parameters.items() if p.grad is not None}), total
+
     @torch.no_grad()
     def apply(self, contributions: Sequence[Contribution], step: int) -> None:
         """See `Engine.apply`."""
-        with_optimizer = next((c for c in contributions if c.rule is None), None)
-        owned = set(with_optimizer.names) if with_optimizer else set()
-        if with_optimizer:
-            self._step_optimizer(contributions, owned, with_optimizer.learning_rate, step)
-        direct = [(c, set(c.names) - owned) for c in contributions if c.rule is not None]
-        for shard in self.shards(set().union(*(names for _, names in direct))):
-            with self._wide(shard, step) as wide:
-                for c, names in direct:
-                    if shard.name in names:
-                        c.rule.update(wide, c.estimate, c.weight, c.learning_rate)
-            del wide  # before the next one is made
-        self._refresh({name for c in contributions for name in c.names})
+        owned, others = moved_directly(contributions)
+        if owned:
+            (rate,) = (c.learning_rate for c in contributions if c.rule is None)
+            self._step_optimizer(contributions, owned, rate, step)
+        update_directly(self.shards(others), contributions, self.master_weights, step)
+        self._refresh(owned | others)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Master weights, buffers and the optimizer's state."""
+    def layout(self) -> dict[str, int]:
+        """See `Engine.layout`."""
+        return {"ranks": 1, "zero_stage": 0}
+
+    def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """Master weights, buffers and the optimizer's state; nothing is written."""
         optimizer = self.optimizer.state_dict() if self.optimizer else {"state": {}, "param_groups": []}
         return {
             "weights": {name: master.data for name, master in self.masters.items()},
@@ -97,8 +129,8 @@ class LocalEngine:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """See `Engine.load_state_dict`."""
         for name, master in self.masters.items():
             master.copy_(state["weights"][name])
         for name, buffer in self._buffers().items():
@@ -110,8 +142,15 @@ class LocalEngine:
         self._refresh(self.masters)
 
     def is_finite(self) -> bool:
-        """Whether no weight that may move is infinite or NaN."""
+        """See `Engine.is_finite`."""
         return all(bool(master.isfinite().all()) for master in self.masters.values())
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """See `Engine.whole_weights`."""
+        return self.model.state_dict()
+
+    def leave(self) -> None:
+        """There is nobody to leave."""
 
     def _buffers(self) -> dict[str, Tensor]:
         """Buffers that belong to the model's state; others, such as tables of angles, are made by its code."""
@@ -146,25 +185,12 @@ class LocalEngine:
         for shard in self.shards(masters):
             master = masters[shard.name]
             narrow = master.data
-            with self._wide(shard, step) as wide:
+            with self.master_weights.wide(shard, step) as wide:
                 master.data = wide.data.view(shard.shape)
                 master.grad = gradients.pop(shard.name).float()
                 self.optimizer.step()
                 master.grad, master.data = None, narrow
             del wide  # before the next one is made
-
-    @contextmanager
-    def _wide(self, shard: Shard, step: int) -> Iterator[Shard]:
-        """The shard with float32 weights, which are rounded to its own at the end if it has narrower ones."""
-        if shard.data.dtype == torch.float32:
-            yield shard
-            return
-        wide = replace(shard, data=shard.data.float())
-        yield wide
-        if self.stochastic:
-            round_stochastically(wide.data, shard.data, self.key.fold(shard.name), step, shard.start)
-        else:
-            shard.data.copy_(wide.data)
 
     @contextmanager
     def _seen_as_float32(self) -> Iterator[None]:
@@ -197,33 +223,14 @@ def _device(name: str) -> torch.device:
         raise UserError(f"engine.device: {name!r} cannot be used: {problem}; write auto or cpu") from None
 
 
-def _master(parameter: nn.Parameter, *, keep: bool) -> nn.Parameter:
-    if parameter.dtype == torch.float32 or not keep:
-        return parameter
-    return nn.Parameter(parameter.detach().float().clone())
-
-
-def _refuse_other_dtypes(parameters: dict[str, nn.Parameter]) -> None:
-    for name, p in parameters.items():
-        if p.dtype not in (torch.float32, torch.bfloat16):
-            raise UserError(
-                f"engine.master_weights: stochastic_rounding rounds to bfloat16, but parameter {name} is "
-                f"{str(p.dtype).removeprefix('torch.')}; write fp32, or load the model in bfloat16"
-            )
-
-
-def _optimizer(backprop: Backprop | None, masters: list[Tensor]) -> torch.optim.Optimizer | None:
-    if backprop is None or not masters:
-        return None
+@contextmanager
+def _without_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Nothing in `grad` at the beginning, whatever others left there, and nothing after."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.grad = None
     try:
-        optimizer = getattr(torch.optim, backprop.optimizer)(
-            masters, lr=backprop.learning_rate, **backprop.optimizer_arguments
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"optimizer_arguments: torch.optim.{backprop.optimizer} does not take "
-            f"{backprop.optimizer_arguments}: {error}"
-        ) from None
-    for values in optimizer.state.values():  # Adagrad makes its sum at once, in the dtype of the weights
-        values.update({key: value.float() for key, value in values.items() if isinstance(value, Tensor)})
-    return optimizer
+        yield
+    finally:
+        for p in parameters:
+            p.grad = None

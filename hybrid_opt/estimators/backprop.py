@@ -1,42 +1,25 @@
 """The exact gradient, by backpropagation. Next: `../engines/local.py`, which applies it.
 
-One idea: gradients are taken off the parameters and kept in the Estimate, so nothing that runs between the estimate and
-its use can change or read them by accident.
+One idea: the estimator only says how the loss of its examples is computed, in parts. Where the gradients of the parts add
+up, and over which processes, is the engine's affair.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.engines.contract import Engine
+from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.modes import requiring_grad, training_mode
+from hybrid_opt.estimators.contract import Cost, Estimate
+from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Gradients by parameter name."""
-
-    by_name: dict[str, Tensor]
-
-    def read(self, shard: Shard) -> Tensor:
-        """A slice of the parameter's gradient, float32; zeros if the loss does not depend on the parameter."""
-        gradient = self.by_name.get(shard.name)
-        if gradient is None:
-            return torch.zeros_like(shard.data, dtype=torch.float32)
-        return gradient.reshape(-1)[shard.start : shard.start + shard.data.numel()].float()
-
-    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
-        """See `Estimate.add_to`."""
-        out.add_(self.read(shard), alpha=factor)
 
 
 class BackpropEstimator:
@@ -55,7 +38,7 @@ class BackpropEstimator:
 
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
-    ) -> tuple[Gradients, Cost]:
+    ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`.
 
         Raises:
@@ -65,41 +48,45 @@ class BackpropEstimator:
             raise UserError(
                 "objective: it has no gradient, which backprop needs; use a schedule of es estimators alone"
             )
-        parameters = {name: engine.parameters[name] for name in engine.parameters if name in names}
         with (
             training_mode(engine.model, True),
-            requiring_grad(engine.parameters, names),
-            _seeded(key, engine.device),
+            _seeded(key, engine.ranks.rank, engine.device),
             _checkpointing(engine.model, self.config.gradient_checkpointing),
-            _without_grad(parameters.values()),
         ):
-            loss = self._backward(engine, lambda part: objective.losses(engine.model, part), batch)
-            gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        return Gradients(gradients), Cost(loss=loss, forwards=1, backwards=1, tokens=count_tokens(batch))
+            gradient, loss = engine.gradients(self._losses(engine, objective, batch), names)
+        return gradient, Cost(loss=loss, forwards=1, backwards=1, tokens=count_tokens(batch))
 
-    def _backward(self, engine: Engine, losses_of: Callable[[Any], Tensor], batch: Any) -> float:
-        """One backward pass for each part of the batch; gradients add up to that of the whole batch's mean."""
-        parts, examples = self._parts(batch)
-        total = 0.0
-        for part in parts:
+    def _losses(self, engine: Engine, objective: Objective, batch: Any) -> list[Callable[[], Tensor]]:
+        """What this rank computes: for each part of its share of the batch, the part's share of the whole batch's mean."""
+
+        def loss_of(part: Any, examples: int | None, empty: bool) -> Tensor:
             with self._autocast(engine.device):
-                losses = losses_of(part)
-            loss = losses.float().sum() / (examples or len(losses))
+                losses = objective.losses(engine.model, part)
+            loss = losses.float().sum() / (examples or len(losses) * engine.ranks.world_size)
             if not loss.requires_grad:
                 raise UserError(
                     "objective: the losses do not depend on the parameters through torch operations, so there is nothing "
                     "to backpropagate; compute them with gradients enabled, or use es"
                 )
-            loss.backward()
-            total += loss.item()
-        return total
+            return loss * 0.0 if empty else loss
 
-    def _parts(self, batch: Any) -> tuple[list[Any], int | None]:
+        return [partial(loss_of, *part) for part in self._parts(batch, engine.ranks)]
+
+    def _parts(self, batch: Any, ranks: Ranks) -> list[tuple[Any, int | None, bool]]:
+        """This rank's examples in as many parts as every rank has, the number of all ranks' examples, and whether it is an empty
+        part: one that only keeps step with the other ranks' passes through the model, and counts for nothing."""
         examples = count_examples(batch)
-        if examples is None or self.config.accumulation == 1:
-            return [batch], None
-        cuts = torch.arange(examples).tensor_split(min(self.config.accumulation, examples))
-        return [select(batch, cut) for cut in cuts], examples
+        if examples is None:
+            return [(batch, None, False)]
+        most = -(-examples // ranks.world_size)
+        parts = min(self.config.accumulation, most)
+        if self.config.micro_batch_size is not None:
+            parts = -(-most // self.config.micro_batch_size)
+        if parts == ranks.world_size == 1:
+            return [(batch, None, False)]
+        cuts = torch.arange(examples).tensor_split(ranks.world_size)[ranks.rank].tensor_split(parts)
+        first = torch.zeros(1, dtype=torch.int64)
+        return [(select(batch, cut if len(cut) else first), examples, not len(cut)) for cut in cuts]
 
     def _autocast(self, device: torch.device):
         if self.config.autocast is None:
@@ -108,21 +95,9 @@ class BackpropEstimator:
 
 
 @contextmanager
-def _without_grad(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Nothing in `grad` at the beginning, whatever others left there, and nothing after."""
-    parameters = list(parameters)
-    for p in parameters:
-        p.grad = None
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.grad = None
-
-
-@contextmanager
-def _seeded(key: Key, device: torch.device) -> Iterator[None]:
-    """Dropout draws from torch's global generator: seed it from the key, and put its state back after."""
+def _seeded(key: Key, rank: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from torch's global generator: seed it from the key, on each rank another way, and put its state back."""
+    key = key.fold(rank) if rank else key
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(key.seed())
         yield

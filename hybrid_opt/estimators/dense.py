@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.engines.contract import Engine, Shard, is_spread
+from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
 from hybrid_opt.estimators.perturbation import Member
@@ -69,7 +70,7 @@ class DensePerturbation:
 
         if examples is None:
             return one_by_one(losses_of, len(members))
-        return self.forward_size.evaluate(losses_of, batch, examples, 1, bytes_per_example, engine.device, most=1)
+        return self.forward_size.evaluate(losses_of, batch, examples, 1, bytes_per_example, engine, most=1)
 
     @contextmanager
     def perturbed(
@@ -121,7 +122,7 @@ class DensePerturbation:
     ) -> tuple[frozenset[str], int]:
         key = (engine.model, frozenset(parameters))
         if key not in self._outside:
-            found = rehearse(engine.model, objective, batch, parameters)
+            found = rehearse(engine, objective, batch, parameters)
             self._outside[key] = (found.outside, found.bytes_per_example)
         return self._outside[key]
 
@@ -129,6 +130,13 @@ class DensePerturbation:
 @contextmanager
 def _restored(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Tensor]]:
     """Copies of weights, put back at the end whatever happens."""
+    for name, p in parameters.items():
+        if is_spread(p):
+            raise UserError(
+                f"perturbation dense: parameter {name} would be written in place for the whole of a member's evaluation, because "
+                "it is used outside its own module (or backup is 'model'), and ZeRO-3 spreads it over the ranks; write "
+                "zero_stage: 2, exclude it from es by the policy, or backup: layer"
+            )
     originals = {name: p.data.clone() for name, p in parameters.items()}
     try:
         yield originals

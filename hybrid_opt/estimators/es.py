@@ -15,7 +15,7 @@ from torch import Tensor
 from hybrid_opt.config.estimators import DensePerturbation as DenseConfig
 from hybrid_opt.config.estimators import EvolutionStrategy
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.errors import UserError
+from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.forward_size import ForwardSize
@@ -73,7 +73,7 @@ class EsEstimator:
         members = self._members(key)
         examples = self._examples(batch, key, len(members))
         with training_mode(engine.model, False):
-            losses = self.perturbation.evaluate(engine, objective, batch, names, members, examples).mean(dim=1).cpu()
+            losses = self._evaluate(engine, objective, batch, names, members, examples)
         self._check(losses)
         weights = FITNESS_SHAPING[self.config.fitness_shaping](losses)
         estimate = NoiseSum(self.perturbation, [m.key for m in members], self._coefficients(members, weights))
@@ -85,6 +85,24 @@ class EsEstimator:
             loss_spread=losses.std(correction=0).item(),
         )
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
+
+    def _evaluate(
+        self,
+        engine: Engine,
+        objective: Objective,
+        batch: Any,
+        names: Collection[str],
+        members: list[Member],
+        examples: Tensor | None,
+    ) -> Tensor:
+        """Mean loss of each member, (members,) float32 in main memory. Ranks deal the members out and exchange their losses."""
+        dealt = engine.ranks.deal(len(members), together=2 if self.config.antithetic else 1)
+        mine = dealt[engine.ranks.rank]
+        own_examples = None if examples is None else examples[mine]
+        losses = self.perturbation.evaluate(engine, objective, batch, names, [members[i] for i in mine], own_examples)
+        result = torch.empty(len(members))
+        result[torch.tensor(dealt)] = engine.ranks.gather(losses.mean(dim=1).cpu())
+        return result
 
     def _members(self, key: Key) -> list[Member]:
         n = self.config.population_size
@@ -125,7 +143,7 @@ class EsEstimator:
     def _check(self, losses: Tensor) -> None:
         if not (finite := losses.isfinite()).all():
             bad = int((~finite).sum())
-            raise UserError(
+            raise DivergedError(
                 f"the loss of {bad} of {len(losses)} members is not finite; lower sigma ({self.config.sigma}) or the "
                 "learning rates"
             )

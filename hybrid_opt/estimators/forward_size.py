@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_opt.engines.contract import Engine
 from hybrid_opt.memory import free_memory_bytes
 from hybrid_opt.objectives.contract import count_elements
 
@@ -50,7 +51,7 @@ class ForwardSize:
         examples: Tensor,
         members_per_direction: int,
         bytes_per_example: int,
-        device: torch.device,
+        engine: Engine,
         most: int | None = None,
     ) -> Tensor:
         """All losses, (members, examples of each) float32, piece by piece.
@@ -62,26 +63,28 @@ class ForwardSize:
             members_per_direction: members that share noise; they are not parted where several directions fit.
             most: most members in a piece.
         """
-        rows = self._rows(batch, bytes_per_example, device)
+        rows = self._rows(batch, bytes_per_example, engine)
         todo = self._pieces(*examples.shape, members_per_direction, rows, most)
-        losses = torch.empty(examples.shape, device=device)
+        losses = torch.empty(examples.shape, device=engine.device)
         while todo:
             piece = todo.pop(0)
             try:
                 losses[piece.members, piece.examples] = losses_of(piece)
             except torch.OutOfMemoryError:
-                if not (halves := _halves(piece)):
+                if not (halves := _halves(piece)) or not engine.independent_forwards:
                     raise
                 todo = halves + todo
                 self._remember(_size(halves[0]))
         return losses
 
-    def _rows(self, batch: Any, bytes_per_example: int, device: torch.device) -> int:
-        """Rows in a forward pass if nothing is prescribed."""
+    def _rows(self, batch: Any, bytes_per_example: int, engine: Engine) -> int:
+        """Rows in a forward pass if nothing is prescribed; the same on all ranks where they run the model together."""
         elements = max(1, count_elements(batch))
-        efficient = math.ceil(EFFICIENT.get(device.type, EFFICIENT["cuda"]) / elements)
-        fits = int(SHARE_OF_FREE_MEMORY * free_memory_bytes(device)) // max(1, bytes_per_example)
-        return max(1, min(efficient, fits, self._fits or fits))
+        efficient = math.ceil(EFFICIENT.get(engine.device.type, EFFICIENT["cuda"]) / elements)
+        sharing = engine.ranks.on_this_machine if engine.device.type == "cpu" else 1
+        fits = int(SHARE_OF_FREE_MEMORY * free_memory_bytes(engine.device)) // sharing // max(1, bytes_per_example)
+        rows = max(1, min(efficient, fits, self._fits or fits))
+        return rows if engine.independent_forwards else engine.ranks.least(rows)
 
     def _pieces(self, members: int, examples: int, together: int, rows: int, most: int | None) -> list[Piece]:
         examples_a_pass = min(examples, self.examples or rows)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.engines.contract import Engine, Shard, whole_shape
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.drawn_noise import DrawnNoise
@@ -122,7 +122,7 @@ class LowRankPerturbation:
             examples,
             _members_per_direction(members),
             forms.found.bytes_per_example,
-            engine.device,
+            engine,
             most=1 if forms.dense else None,
         )
 
@@ -190,18 +190,18 @@ class LowRankPerturbation:
         scale = torch.tensor([m.sign * self.sigma for m in members], device=device).view(-1, together)
         factors = Factors(rows, scale, {}, {})
         for names in _of_equal_shape(parameters):
-            p = parameters[names[0]]
+            p, shape = parameters[names[0]], whole_shape(parameters[names[0]])
             keys = [key.fold(name) for name in names for key in directions]
-            count = self.noise_rank * sum(p.shape) if p.dim() == 2 else p.numel()
+            count = self.noise_rank * sum(shape) if len(shape) == 2 else shape.numel()
             noise = gaussian(keys, 0, count, device, out=self._drawn.memory(len(keys), count, device))
-            drawn = self._split(noise, p.shape) if p.dim() == 2 else (noise,)
+            drawn = self._split(noise, shape) if len(shape) == 2 else (noise,)
             drawn = [noise.view(len(names), len(directions), *noise.shape[1:]) for noise in drawn]
             self._drawn.keep(names, directions, drawn)
-            if p.dim() == 2:
+            if len(shape) == 2:
                 b, a = (side.to(p.dtype) for side in drawn)
                 factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
-                factors.vectors.update(zip(names, drawn[0].unflatten(-1, p.shape), strict=True))
+                factors.vectors.update(zip(names, drawn[0].unflatten(-1, shape), strict=True))
         factors.share(hooks.same_input)
         return factors
 
@@ -225,7 +225,7 @@ class LowRankPerturbation:
         key = (engine.model, frozenset(names))
         if key not in self._forms:
             parameters = {name: p for name, p in engine.parameters.items() if name in key[1]}
-            found = rehearse(engine.model, objective, batch, parameters)
+            found = rehearse(engine, objective, batch, parameters)
             reasons = _found_reasons(found) | why_not(engine.model, parameters)
             if reasons and self.otherwise == "refuse":
                 raise UserError(refusal(*next(iter(reasons.items()))))
@@ -249,7 +249,7 @@ def _of_equal_shape(parameters: Mapping[str, nn.Parameter]) -> list[list[str]]:
     """Names by shape and dtype: noise for many tensors at once is much faster than for each."""
     groups: dict[Any, list[str]] = {}
     for name, p in parameters.items():
-        groups.setdefault((p.shape, p.dtype), []).append(name)
+        groups.setdefault((whole_shape(p), p.dtype), []).append(name)
     return list(groups.values())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hybrid_opt.engines.contract import whole_shape
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.swapping import every_module_called, owners_of
@@ -124,8 +125,8 @@ def why_not(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[st
                 reasons[name] = f"it belongs to a {type(module).__name__} module"
             elif "forward" in vars(module):
                 reasons[name] = f"the forward of its {type(module).__name__} module has been replaced"
-            elif parameters[name].dim() > 2:
-                reasons[name] = f"it has {parameters[name].dim()} dimensions"
+            elif (dimensions := len(whole_shape(parameters[name]))) > 2:
+                reasons[name] = f"it has {dimensions} dimensions"
     return reasons
 
 
@@ -145,7 +146,7 @@ def _family(module: nn.Module) -> Attach | None:
         return _on_lookup
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
         return _on_output(_torch_norm)
-    if "RMSNorm" in type(module).__name__ and [p.dim() for p in module.parameters()] == [1]:
+    if "RMSNorm" in type(module).__name__ and [len(whole_shape(p)) for p in module.parameters()] == [1]:
         return _swapped_weight
     return None
 
@@ -158,7 +159,8 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
         def hook(module, args, kwargs, output):
             return correct(module, _first(args, kwargs), output, names, factors)
 
-        handle = module.register_forward_hook(hook, with_kwargs=True)
+        # First of the hooks: ZeRO-3's own, which comes later then, takes the weights away.
+        handle = module.register_forward_hook(hook, with_kwargs=True, prepend=True)
         try:
             yield
         finally:
@@ -315,7 +317,10 @@ def _swapped_weight(module, names, factors):
         return output.to(weight.dtype)
 
     weight = module._parameters["weight"]
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, prepend=True),
+    ]
     try:
         yield
     finally:

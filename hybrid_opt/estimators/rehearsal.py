@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from hybrid_opt.engines.contract import Engine, is_spread
 from hybrid_opt.estimators.swapping import owners_of, while_running
 from hybrid_opt.objectives.contract import Objective, count_examples, select
 
@@ -43,9 +44,9 @@ class Rehearsal:
     """Most memory that a module's input and output take, with two tensors more of the output's size."""
 
 
-def rehearse(model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Rehearsal:
+def rehearse(engine: Engine, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Rehearsal:
     """Evaluate the losses of one or two examples, and of the same ones twice over, at the model's own weights."""
-    (once, again, twice), examples = _runs(model, objective, batch, parameters)
+    (once, again, twice), examples = _runs(engine, objective, batch, parameters)
     fixed: dict[str, int] = {}
     scattered: dict[str, int] = {}
     steady = again is not None and once.begins_like(again)  # else the objective draws its inputs at random
@@ -69,11 +70,11 @@ def rehearse(model: nn.Module, objective: Objective, batch: Any, parameters: Map
 
 
 def _runs(
-    model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]
+    engine: Engine, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]
 ) -> tuple[tuple["_Record", "_Record | None", "_Record | None"], int | None]:
     """Records of a few examples, of the same once more, and twice over in `ORDER` (None if there is no room for them), and how
     many these few are."""
-    count = count_examples(batch)
+    model, count = engine.model, count_examples(batch)
     if count is None:
         return (_watched(model, objective, batch, parameters), None, None), None
     for few in (2, 1) if count > 1 else (1,):  # two where there are so many: losses are seldom written for a single one
@@ -86,7 +87,7 @@ def _runs(
             )
             return (once, again, twice), few
         except torch.OutOfMemoryError:
-            if few == 1 and once is None:
+            if (few == 1 and once is None) or not engine.independent_forwards:
                 raise
     return (once, None, None), few
 
@@ -146,8 +147,6 @@ def _told_apart(rows: Tensor) -> Tensor:
 
 
 def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> _Record:
-    # A module sees other tensors of the same values, so a use of the parameter itself is a use outside.
-    aliases = {name: p.detach() for name, p in parameters.items()}
     record = _Record()
     with ExitStack() as stack:
         for module, names in owners_of(model, parameters).items():
@@ -155,8 +154,10 @@ def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Map
         for module in model.modules():
             if not list(module.children()):
                 stack.enter_context(_recorded_size(module, record))
-        stack.enter_context(while_running(model, parameters, aliases.__getitem__))
-        stack.enter_context(_Uses(parameters, record))
+        # A module sees other tensors of the same values, so a use of the parameter itself is a use outside.
+        uses = _Uses(parameters, record)
+        stack.enter_context(while_running(model, parameters, uses.alias))
+        stack.enter_context(uses)
         objective.losses(model, batch)
     return record
 
@@ -192,14 +193,25 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], record: _Record):
         super().__init__()
+        self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
         self.record = record
+        self.pauses = False
+
+    def alias(self, name: str) -> Tensor:
+        """Another tensor of a parameter's values."""
+        self.pauses = True
+        try:
+            return self.parameters[name].detach()
+        finally:
+            self.pauses = False
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # a shape or a dtype is no use
+        if not self.pauses and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # a shape or a dtype is no use
             for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self.names:
+                # ZeRO-3 looks at the `data` of what it gathers.
+                if id(leaf) in self.names and not (is_spread(leaf) and function.__name__ == "__get__"):
                     self.record.outside.add(self.names[id(leaf)])
         return result

@@ -56,7 +56,8 @@ def while_running(
         for module in owners:
             handles += [
                 module.register_forward_pre_hook(before),
-                module.register_forward_hook(after, always_call=True),
+                # First of the hooks: ZeRO-3's own, which comes later then, must find the own weights again.
+                module.register_forward_hook(after, always_call=True, prepend=True),
             ]
         with every_module_called():
             yield

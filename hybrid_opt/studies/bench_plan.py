@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from hybrid_opt.config.run import LocalEngine, Model
+from hybrid_opt.config.engines import LocalEngine
+from hybrid_opt.config.run import Model
 from hybrid_opt.errors import UserError, did_you_mean
 
 ROWS = (

@@ -9,7 +9,10 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
-from hybrid_opt.config.run import Choice, Function, RunFile
+from hybrid_opt.config.engines import ZeroEngine
+from hybrid_opt.config.run import Choice, Function, Model, RunFile
+from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
+from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model, load_tokenizer
 from hybrid_opt.objectives.batches import ShuffledBatches, hold_out
@@ -52,6 +55,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         _refuse_to_lose_the_model(run)
     if resume:
         refuse_changes(folder.read_config(), run)
+    model_config = _with_engine_dtype(run)
     rows, held_out_rows = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
     objective, data = _objective(run, tokenizer)
@@ -64,7 +68,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     along = _spread(validation, training.evaluation_rows or len(validation))
-    model = load_model(run.model, run.peft, training.seed)
+    model = load_model(model_config, run.peft, training.seed)
     _refuse_what_does_not_fit(model, [*examples, *held_out])
     return Trainer(
         model,
@@ -86,6 +90,16 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         config=run.model_dump(mode="json", exclude_none=True),
         display=display,
     )
+
+
+def _with_engine_dtype(run: RunFile) -> Model:
+    """The model's section with the dtype that the engine's settings ask for, which may have it from a DeepSpeed file."""
+    if not isinstance(run.engine, ZeroEngine):
+        return run.model
+    settings = DeepSpeedSettings(run.engine)
+    settings.check_batch_size(run.training.batch_size, launched_world_size())
+    dtype = settings.dtype(run.model.dtype, given="dtype" in run.model.model_fields_set)
+    return run.model.model_copy(update={"dtype": dtype})
 
 
 def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:

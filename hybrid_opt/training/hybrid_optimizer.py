@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import load_schedule
-from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
+from hybrid_opt.engines.build import build_engine, with_engine_settings
 from hybrid_opt.engines.contract import Contribution
-from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.update_rules import UpdateRule, build_rule
-from hybrid_opt.errors import UserError
+from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
@@ -65,7 +65,8 @@ class HybridOptimizer:
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
         steps: length of the run, for learning rates that change over it.
         seed: decides all noise.
-        engine: where the weights live; None: where they are.
+        engine: where the weights live, the `engine` section of a run file; None: where they are. With many processes (ZeRO) every
+            one of them passes the same batches: backprop takes its share of the examples, ES its share of the members.
 
     Backprop runs with the model in training mode (dropout on), ES in evaluation mode; both leave the mode as it was.
 
@@ -82,15 +83,15 @@ class HybridOptimizer:
         schedule: str | Path | dict[str, Any] | ScheduleFile,
         steps: int | None = None,
         seed: int = 0,
-        engine: LocalEngineConfig | None = None,
+        engine: EngineConfig | None = None,
     ):
-        self.config = load_schedule(schedule)
+        self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
         self.seed = seed
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.policies = resolve_policies(self.config, names)
         self._refuse_missing_gradient()
-        self.engine = self._build_engine(model, engine)
+        self.engine = build_engine(model, self.config, self.policies.values(), engine, seed=seed)
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
@@ -114,6 +115,10 @@ class HybridOptimizer:
         Raises:
             UserError: losses that are not finite or not of the expected form.
         """
+        with self.engine.ranks.loss_reported():
+            return self._step(batch)
+
+    def _step(self, batch: Any) -> StepReport:
         started, step = time.perf_counter(), self.signals.step
         objective = _Closure(batch) if callable(batch) else self.objective
         if objective is None:
@@ -162,7 +167,7 @@ class HybridOptimizer:
             estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
             _refuse_not_finite(cost)
         except UserError as error:
-            raise UserError(f"step {step}, estimator {name}: {error}") from error
+            raise type(error)(f"step {step}, estimator {name}: {error}") from error
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
@@ -174,45 +179,28 @@ class HybridOptimizer:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals."""
+    def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals.
+
+        Args:
+            folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
+        """
         return {
-            "engine": self.engine.state_dict(),
+            "layout": self.engine.layout(),
+            "engine": self.engine.state_dict(folder),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self.engine.load_state_dict(state["engine"])
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
+        self.engine.load_state_dict(state["engine"], folder)
         for name, rule in self.rules.items():
             if rule is not None:
                 rule.load_state_dict(state["rules"][name])
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
-
-    def _build_engine(self, model: nn.Module, config: LocalEngineConfig | None) -> LocalEngine:
-        """The engine, prepared for what backprop and what anybody may move in any phase."""
-        if config is None:
-            device = next((p.device for p in model.parameters()), "cpu")
-            config = LocalEngineConfig(type="local", device=str(device))
-        name = next((name for name, c in self.config.estimators.items() if isinstance(c, Backprop)), None)
-        owned = {parameter for policy in self.policies.values() for parameter in policy.names(name)} if name else set()
-        movable = {parameter for policy in self.policies.values() for parameter, who in policy.owners.items() if who}
-        try:
-            return LocalEngine(
-                model,
-                self.config.estimators.get(name),
-                owned,
-                movable,
-                seed=self.seed,
-                **config.model_dump(exclude={"type"}),
-            )
-        except UserError as error:
-            raise UserError(
-                f"estimators.{name}.{error}" if "optimizer_arguments" in str(error) else str(error)
-            ) from None
 
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
@@ -261,7 +249,9 @@ def _build_estimator(config) -> Estimator:
 
 def _refuse_not_finite(cost: Cost) -> None:
     if not math.isfinite(cost.loss):
-        raise UserError(f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping")
+        raise DivergedError(
+            f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping"
+        )
 
 
 def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:

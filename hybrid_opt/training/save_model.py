@@ -4,23 +4,43 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_model as save_module
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hybrid_opt.engines.contract import Engine, is_spread
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
     """Write `folder/model`, complete in itself; for a model with adapters also the adapters alone in `folder/adapter`.
 
-    A model that is not transformers' own gets its state dict in `model/model.safetensors`.
+    A model that is not transformers' own gets its state dict in `model/model.safetensors`. All ranks must call this; rank 0
+    writes.
     """
-    place = folder / "model"
+    weights, model, place = engine.whole_weights(), engine.model, folder / "model"
+    if weights is None:
+        return
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter")
-        model = copy.deepcopy(model).merge_and_unload()  # the caller's keeps its adapters
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(place)
+        model.save_pretrained(folder / "adapter", state_dict=weights)
+        merged = _copy_of(model, weights).merge_and_unload()  # the caller's keeps its adapters
+        merged.save_pretrained(place)
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(place, state_dict=weights)
     else:
         place.mkdir(exist_ok=True)
-        save_module(model, str(place / "model.safetensors"))
+        once = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}  # tied ones
+        save_file({name: weights[name].contiguous() for name in once.values()}, place / "model.safetensors")
     if tokenizer is not None:
         tokenizer.save_pretrained(place)
+
+
+def _copy_of(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """A model with adapters once more, with weights of its own; one whose weights are spread over ranks is built anew."""
+    if not any(map(is_spread, model.parameters())):
+        return copy.deepcopy(model)
+    import peft  # whoever has such a model has it
+
+    base = model.get_base_model()
+    (settings,) = model.peft_config.values()
+    fresh = peft.get_peft_model(type(base)(copy.deepcopy(base.config)).to(base.dtype), settings)
+    fresh.load_state_dict(weights)
+    return fresh

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hybrid_opt.config.run import LocalEngine as LocalEngineConfig
+from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.schedule import ScheduleFile
-from hybrid_opt.errors import UserError
+from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, IterableBatches
 from hybrid_opt.objectives.contract import Objective
@@ -22,7 +22,7 @@ from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
 from hybrid_opt.training.interrupt import stop_requests
-from hybrid_opt.training.progress import Display, ProgressBar
+from hybrid_opt.training.progress import Display, ProgressBar, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
 from hybrid_opt.training.summary import Summary, shares_of
@@ -38,7 +38,8 @@ class Trainer:
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
         steps: number of steps.
         seed: decides all noise.
-        engine: where the weights live; None: where they are.
+        engine: where the weights live, the `engine` section of a run file; None: where they are. With many processes (ZeRO) every
+            one of them passes the same batches, and rank 0 writes the folder.
         validation: batches to evaluate on before and after.
         evaluate_every: steps between evaluations along the way; 0: none.
         validation_along: fewer batches for those; None: the same.
@@ -64,7 +65,7 @@ class Trainer:
         schedule: str | Path | dict[str, Any] | ScheduleFile,
         steps: int,
         seed: int = 0,
-        engine: LocalEngineConfig | None = None,
+        engine: EngineConfig | None = None,
         validation: Sequence[Any] = (),
         evaluate_every: int = 0,
         validation_along: Sequence[Any] | None = None,
@@ -83,13 +84,16 @@ class Trainer:
         elif resume:
             raise UserError("resume: a run without an output folder cannot be resumed")
         self.optimizer = HybridOptimizer(model, objective, schedule=schedule, steps=steps, seed=seed, engine=engine)
+        self.ranks = self.optimizer.engine.ranks
+        self.records = self.folder is not None and self.ranks.rank == 0
+        self.consolidates = getattr(engine, "consolidate", False)
         self.batches = batches if hasattr(batches, "batch_at") else IterableBatches(batches)
         self.steps, self.evaluate_every, self.checkpoint_every = steps, evaluate_every, checkpoint_every
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
-        self.display = display or ProgressBar()
+        self.display = Silence() if self.ranks.rank else display or ProgressBar()
         self.before: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -108,7 +112,7 @@ class Trainer:
             try:
                 finished = self._loop(stop_requested)
             except UserError as error:
-                raise UserError(f"{error}{self._save() if self.optimizer.engine.is_finite() else ''}") from None
+                raise type(error)(f"{error}{self._saved_after(error)}") from None
             finally:
                 self.display.stop()
             return self._end() if finished else self._interrupted()
@@ -116,7 +120,7 @@ class Trainer:
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
         """Whether all steps were taken."""
         while (step := self.optimizer.signals.step) < self.steps:
-            if stop_requested():
+            if self.ranks.any(stop_requested()):
                 return False
             self.attribution.before_step(tuple(self.optimizer.acting()))
             self._record(self.optimizer.step(self.batches.batch_at(step)))
@@ -133,10 +137,11 @@ class Trainer:
         if self.resume:
             self._load()
             return
-        if self.folder:
+        if self.records:
             self.folder.prepare()
             if self.config is not None:
                 self.folder.write_config(self.config)
+        self.ranks.wait()
         if self.validation:
             self.display.say("evaluating before the first step ...")
             self.before = self._evaluate(self.validation)
@@ -144,7 +149,7 @@ class Trainer:
 
     def _end(self) -> Summary:
         if self.folder:  # first, so that nothing is lost whatever happens to the rest
-            save_model(self.optimizer.engine.model, self.tokenizer, self.folder.path)
+            save_model(self.optimizer.engine, self.tokenizer, self.folder.path)
         self.attribution.finish()
         after = {}
         if self.validation:
@@ -152,14 +157,16 @@ class Trainer:
             after = self._evaluate(self.validation)
             self._record_evaluation(self.steps, after)
         summary = self._summary(after)
-        if self.folder:
+        if self.records:
             draw_curves(self.metrics, self.evaluations, self.folder.curves)
             self.folder.write_summary(summary.as_dict())
             self.folder.clear_checkpoints()
+        self.optimizer.engine.leave()
         return summary
 
     def _interrupted(self) -> Summary:
         self.display.say(f"stopped after {self.optimizer.signals.step} steps{self._save()}")
+        self.optimizer.engine.leave()
         return self._summary({}, finished=False)
 
     def _summary(self, after: dict[str, float], finished: bool = True) -> Summary:
@@ -178,13 +185,12 @@ class Trainer:
     # ------------------------------------------------------------ measuring and recording
 
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
-        engine = self.optimizer.engine
-        return evaluate(engine.model, self.optimizer.objective, batches, engine.device)
+        return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
 
     def _record(self, report: StepReport) -> None:
         row = metrics_row(report, peak_memory_bytes(self.optimizer.engine.device))
         self.metrics.append(row)
-        if self.folder:
+        if self.records:
             self.folder.append(self.folder.metrics, row)
         self.display.stepped(report)
 
@@ -192,32 +198,59 @@ class Trainer:
         signals = self.optimizer.signals
         row = {"step": step, **measures, "seconds": signals.seconds, "tokens": signals.tokens}
         self.evaluations.append(row)
-        if self.folder:
+        if self.records:
             self.folder.append(self.folder.evaluations, row)
         self.display.say(f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
 
     # ------------------------------------------------------------ checkpoints
 
     def _save(self) -> str:
-        """Save a checkpoint, if there is a folder, and say how to go on from it."""
+        """Save a checkpoint, if there is a folder, and say how to go on from it. All ranks do this together."""
         if not self.folder:
             return ""
-        state = {
-            "optimizer": self.optimizer.state_dict(),
+        save_checkpoint(self.folder.checkpoints, self.optimizer.signals.step, self.ranks, self._write_state)
+        return f" (saved in {self.folder.path}; go on with the same command and --resume)"
+
+    def _write_state(self, checkpoint: Path) -> dict[str, Any]:
+        if self.consolidates:
+            save_model(self.optimizer.engine, self.tokenizer, checkpoint)
+        return {
+            "optimizer": self.optimizer.state_dict(checkpoint / "engine"),
             "attribution": self.attribution.state_dict(),
             "before": self.before,
         }
-        save_checkpoint(self.folder.checkpoints, self.optimizer.signals.step, state)
-        return f" (saved in {self.folder.path}; go on with the same command and --resume)"
+
+    def _refuse_other_layout(self, checkpoint: Path, saved: dict[str, int]) -> None:
+        if saved != (own := self.optimizer.engine.layout()):
+            whole = checkpoint / "model"
+            hint = f"model.name={whole} output=..." if whole.is_dir() else "engine.consolidate: true writes it"
+            raise UserError(
+                f"output: {self.folder.path}: {checkpoint.name} was saved by {_described(saved)}, and this run has {_described(own)}; "
+                f"resume with the same, or start a new run from the whole model ({hint})"
+            )
+
+    def _saved_after(self, error: UserError) -> str:
+        """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
+        together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
+        return self._save() if together and self.optimizer.engine.is_finite() else ""
 
     def _load(self) -> None:
-        state = load_checkpoint(newest_checkpoint(self.folder.checkpoints))
-        self.optimizer.load_state_dict(state["optimizer"])
+        newest = newest_checkpoint(self.folder.checkpoints)
+        state = load_checkpoint(newest, self.ranks.rank)
+        self._refuse_other_layout(newest, state["optimizer"]["layout"])
+        self.optimizer.load_state_dict(state["optimizer"], newest / "engine")
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]
-        self.folder.drop_after(self.optimizer.signals.step)
+        if self.records:
+            self.folder.drop_after(self.optimizer.signals.step)
+        self.ranks.wait()
         self.metrics = self.folder.rows(self.folder.metrics)
         self.evaluations = self.folder.rows(self.folder.evaluations)
+
+
+def _described(layout: dict[str, int]) -> str:
+    ranks = f"{layout['ranks']} rank{'s' * (layout['ranks'] > 1)}"
+    return f"{ranks} under ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else f"{ranks} without ZeRO"
 
 
 def metrics_row(report: StepReport, peak_memory: int) -> dict[str, Any]:

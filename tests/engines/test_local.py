@@ -10,10 +10,9 @@ from torch import nn
 
 from hybrid_opt.config.estimators import AdamRule, Backprop, MomentumRule, SgdRule, TorchOptimizerName
 from hybrid_opt.engines.contract import Contribution, Shard
-from hybrid_opt.engines.local import LocalEngine
+from hybrid_opt.engines.local import Gradients, LocalEngine
 from hybrid_opt.engines.update_rules import build_rule
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.backprop import Gradients
 
 
 @dataclass

@@ -5,8 +5,8 @@ import torch
 
 from hybrid_opt.config.estimators import AdamRule, MomentumRule, SgdRule
 from hybrid_opt.engines.contract import Shard
+from hybrid_opt.engines.local import Gradients
 from hybrid_opt.engines.update_rules import build_rule
-from hybrid_opt.estimators.backprop import Gradients
 
 RULES = {
     "sgd": (SgdRule(type="sgd"), lambda p: torch.optim.SGD(p, lr=0.1)),

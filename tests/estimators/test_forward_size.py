@@ -15,7 +15,7 @@ from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import losses_of_members, tiny_model, token_batch, token_losses
 
-CPU = torch.device("cpu")
+ENGINE = LocalEngine(torch.nn.Linear(1, 1))
 MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(8)]
 EXAMPLES = torch.arange(3).expand(8, 3)
 BATCH = token_batch()  # 3 examples of 7 tokens
@@ -32,7 +32,7 @@ def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, by
         return torch.zeros(shape)
 
     numbers = torch.arange(examples).expand(members, examples)
-    size.evaluate(losses_of, batch, numbers, together, bytes_per_example, CPU)
+    size.evaluate(losses_of, batch, numbers, together, bytes_per_example, ENGINE)
     assert torch.equal(done, torch.ones(members, examples))
     return seen
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.rehearsal import rehearse
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
@@ -36,7 +37,8 @@ def sum_losses(model, batch):
 
 @torch.no_grad()
 def rehearsed(model, losses=sum_losses, batch=IDS):
-    return rehearse(model, FunctionObjective(losses), batch, dict(model.named_parameters()))
+    engine = LocalEngine(model)
+    return rehearse(engine, FunctionObjective(losses), batch, dict(engine.parameters))
 
 
 @pytest.mark.parametrize("examples", [1, 2, 3])

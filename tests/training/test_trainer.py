@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_opt import Trainer, UserError, build, load_run
+from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
+from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, tiny_model, token_batch, token_losses
@@ -253,7 +254,7 @@ def test_lora_trains_adapters_alone_and_saves_a_whole_model(write_run, tmp_path)
     from hybrid_opt.training.evaluation import evaluate
 
     objective = trainer.optimizer.objective
-    again = evaluate(merged, objective, trainer.validation, torch.device("cpu"))
+    again = evaluate(LocalEngine(merged), objective, trainer.validation)
     assert again["loss"] == pytest.approx(summary.after["loss"], abs=1e-5)
     assert (tmp_path / "out/adapter/adapter_config.json").exists()
 
@@ -327,15 +328,15 @@ def test_the_resolved_file_repeats_the_run(write_run, tmp_path):
 
 def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
     state = {"a": {"w.x/y": torch.arange(3.0)}, "b": {"n": 3, "none": None, "empty": {}, "list": [1, "two"]}}
-    save_checkpoint(tmp_path, 1, state)
+    save_checkpoint(tmp_path, 1, Ranks(), lambda place: state)
     monkeypatch.setattr("hybrid_opt.training.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        save_checkpoint(tmp_path, 2, state)
+        save_checkpoint(tmp_path, 2, Ranks(), lambda place: state)
     newest = newest_checkpoint(tmp_path)
     assert newest.name == "step-00000001"
     loaded = load_checkpoint(newest)
     assert torch.equal(loaded["a"]["w.x/y"], torch.arange(3.0))
     assert loaded["b"] == state["b"]
-    (newest / "tensors.safetensors").write_bytes(b"garbage")
+    (newest / "rank-0/tensors.safetensors").write_bytes(b"garbage")
     with pytest.raises(UserError, match="checkpoint cannot be read"):
         load_checkpoint(newest)

@@ -1,0 +1,77 @@
+"""The engine that a run asks for, told what may ever be moved by whom. Next: `../training/hybrid_optimizer.py`."""
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from hybrid_opt.config.engines import LocalEngine as LocalEngineConfig
+from hybrid_opt.config.engines import ZeroEngine as ZeroEngineConfig
+from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.engines.contract import Engine
+from hybrid_opt.engines.local import LocalEngine
+from hybrid_opt.engines.ranks import launched_world_size
+from hybrid_opt.errors import UserError
+from hybrid_opt.scheduling.policy import Policy
+
+
+def with_engine_settings(schedule: ScheduleFile, engine: LocalEngineConfig | ZeroEngineConfig | None) -> ScheduleFile:
+    """The schedule file with what the `engine` section and its DeepSpeed file say about backprop.
+
+    Raises:
+        UserError: they contradict the schedule file.
+    """
+    if not isinstance(engine, ZeroEngineConfig):
+        return schedule
+    from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
+
+    settings = DeepSpeedSettings(engine)
+    estimators = {
+        name: settings.backprop(config) if isinstance(config, Backprop) else config
+        for name, config in schedule.estimators.items()
+    }
+    return schedule.model_copy(update={"estimators": estimators})
+
+
+def build_engine(
+    model: nn.Module,
+    schedule: ScheduleFile,
+    policies: Iterable[Policy],
+    config: LocalEngineConfig | ZeroEngineConfig | None,
+    *,
+    seed: int,
+) -> Engine:
+    """The engine, prepared for what backprop and what anybody may move in any phase.
+
+    Args:
+        config: the `engine` section; None: the model stays where it is.
+
+    Raises:
+        UserError: see `LocalEngine` and `ZeroEngine`.
+    """
+    policies = list(policies)
+    name = next((name for name, c in schedule.estimators.items() if isinstance(c, Backprop)), None)
+    owned = [set(policy.names(name)) for policy in policies] if name else []
+    movable = {parameter for policy in policies for parameter, who in policy.owners.items() if who}
+    backprop = schedule.estimators.get(name)
+    try:
+        if isinstance(config, ZeroEngineConfig):
+            from hybrid_opt.engines.zero import ZeroEngine
+
+            return ZeroEngine(model, backprop, owned, movable, config=config, seed=seed)
+        _refuse_many_processes()
+        if config is None:
+            device = next((p.device for p in model.parameters()), "cpu")
+            config = LocalEngineConfig(type="local", device=str(device))
+        settings = config.model_dump(exclude={"type"})
+        return LocalEngine(model, backprop, set().union(*owned), movable, seed=seed, **settings)
+    except UserError as error:
+        said_of_optimizer = str(error).startswith("optimizer")
+        raise UserError(f"estimators.{name}.{error}" if said_of_optimizer else str(error)) from None
+
+
+def _refuse_many_processes() -> None:
+    if (ranks := launched_world_size()) > 1:
+        raise UserError(
+            f"engine.type: local runs in one process, but the launcher started {ranks}; write engine: {{type: zero, zero_stage: 2}}"
+        )
