@@ -8,9 +8,11 @@ from pathlib import Path
 from rich.table import Column, Table
 from rich.text import Text
 
-from hybrid_opt.config.estimators import Estimator, EvolutionStrategy, LowRankPerturbation
+from hybrid_opt.config.engines import ZeroEngine
+from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation
 from hybrid_opt.config.run import Data, RunFile
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.models.inventory import inventory
@@ -83,6 +85,40 @@ def policy_tables(run: RunFile) -> Iterator[Table | Text]:
                 policy = _without(policy, estimator, reasons) if form.otherwise == "frozen" else policy
         yield _policy_table(policy, found.shapes, "" if phase is None else f"phase {phase}")
     yield from map(Text, exceptions)
+
+
+STATE_TENSORS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
+"""Values that an optimizer of torch keeps for each weight, where that is not 2; a momentum is one more."""
+
+
+def engine_notes(run: RunFile) -> Iterator[Text]:
+    """Under ZeRO, what the policy saves: only what backprop may own has optimizer state and masters there.
+
+    Raises:
+        UserError: the `engine` section, its DeepSpeed file and the rest of the run contradict each other.
+    """
+    if not isinstance(run.engine, ZeroEngine):
+        return
+    settings = DeepSpeedSettings(run.engine)
+    settings.dtype(run.model.dtype, given="dtype" in run.model.model_fields_set)
+    shapes = inventory(run.model, run.peft).shapes
+    policies = resolve_policies(run.schedule, list(shapes)).values()
+    for name, estimator in run.schedule.estimators.items():
+        if not isinstance(estimator, Backprop):
+            continue
+        settings.backprop(estimator)
+        owned = {parameter for policy in policies for parameter in policy.names(name)}
+        momentum = bool(estimator.optimizer_arguments.get("momentum"))
+        bytes_each = 4 * (1 + STATE_TENSORS.get(estimator.optimizer, 2) + momentum)
+        values, everything = (sum(math.prod(shapes[p]) for p in names) for names in (owned, shapes))
+        yield Text(
+            f"zero: {name} may own {values:,} of {everything:,} values; {estimator.optimizer}'s state and float32 masters take "
+            f"{_size(values * bytes_each)} over all ranks, where for all values they would take {_size(everything * bytes_each)}"
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _exceptions(estimator: str, otherwise: str, reasons: dict[str, str]) -> Iterator[str]:

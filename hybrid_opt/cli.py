@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from hybrid_opt.errors import UserError
+from hybrid_opt.errors import UserError, error_line
 
 app = typer.Typer(
     name="hybrid-opt",
@@ -50,11 +50,10 @@ def train(
     from rich.console import Console
 
     from hybrid_opt.config import located
-    from hybrid_opt.engines.ranks import launched_rank
     from hybrid_opt.training.build import build
     from hybrid_opt.training.progress import ProgressBar, summary_table
 
-    console = Console(quiet=launched_rank() > 0)
+    console = Console(quiet=_rank() > 0)
     with located(source):
         trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
         summary = trainer.train()
@@ -68,13 +67,13 @@ def train(
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
-    from hybrid_opt.checking import check_data, policy_tables
+    from hybrid_opt.checking import check_data, engine_notes, policy_tables
     from hybrid_opt.config import located
 
     config, source = _load(run, overrides, schedule)
     with located(source):
         check_data(config.data)
-        tables = list(policy_tables(config))
+        tables = [*policy_tables(config), *engine_notes(config)]
     from rich.console import Console
     from rich.table import Table
 
@@ -119,6 +118,10 @@ def bench(
     master_weights: Annotated[
         Optional[str], typer.Option(help="As in a run file's section engine.", show_default=False)
     ] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Instead: a population on several ranks against the same on one.")
+    ] = False,
+    ranks: Annotated[int, typer.Option(help="Ranks for --distributed.")] = 2,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Measure peak memory, a process a row.")] = True,
     json_file: Annotated[
         Optional[Path], typer.Option("--json", metavar="FILE", help="Write the rows there.", show_default=False)
@@ -134,19 +137,29 @@ def bench(
     names, notes = bench_plan.plan_rows(rows or ())
     bench_plan.check_repeats(repeats)
     bench_plan.check_json(json_file)
+    if distributed:
+        bench_plan.check_ranks(ranks, rows or ())
     _quiet()
     from rich.console import Console
 
     from hybrid_opt.studies.bench import measure_case, ready_cases, write_json
-    from hybrid_opt.studies.bench_table import StatusLine, case_table, header_of, remarks
+    from hybrid_opt.studies.bench_distributed import measure_distributed
+    from hybrid_opt.studies.bench_table import StatusLine, case_table, distributed_table, header_of, remarks
 
     console, found = Console(width=None if sys.stdout.isatty() else 110), []  # a pipe has no width of its own
     for case in ready_cases(cases):
         with StatusLine() as status:
-            measured = measure_case(case, names, repeats=repeats, memory=memory, say=status.show)
+            if distributed:
+                measured = measure_distributed(case, ranks, repeats=repeats, memory=memory, say=status.show)
+            else:
+                measured = measure_case(case, names, repeats=repeats, memory=memory, say=status.show)
         found += measured
         if json_file:
             write_json(json_file, found)
+        if distributed:
+            console.print(f"{case.model}: {case.title}", markup=False, highlight=False, soft_wrap=True)
+            console.print(distributed_table(measured))
+            continue
         console.print(header_of(measured), markup=False, highlight=False, soft_wrap=True)
         console.print(case_table(measured))
         for line in (*remarks(measured), *notes):
@@ -173,11 +186,20 @@ def _quiet() -> None:
     """Libraries' own chatter would tear the progress display; what they warn of is reported here in our words."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's store warns with stack traces when a rank ends
     warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls old names
+    if _rank():
+        warnings.simplefilter("ignore")  # rank 0 says the same
     import torch
 
     if not torch.cuda.is_available():  # otherwise DeepSpeed, which transformers imports to save a model, warns of it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _rank() -> int:
+    """This process's number among those that a launcher started."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _take_local_rank(arguments: list[str]) -> None:
@@ -186,6 +208,10 @@ def _take_local_rank(arguments: list[str]) -> None:
         option, equals, value = argument.partition("=")
         if option in ("--local_rank", "--local-rank"):
             value = value if equals else "".join(arguments[i + 1 : i + 2])
+            if not value.isdigit():
+                raise UserError(
+                    f"command line: {option} is followed by {value or 'nothing'!r}; write a number, as in {option}=0"
+                )
             os.environ.setdefault("LOCAL_RANK", value)
             del arguments[i : i + (1 if equals else 2)]
             return
@@ -193,12 +219,11 @@ def _take_local_rank(arguments: list[str]) -> None:
 
 def main() -> None:
     """Entry point of `hybrid-opt` and `python -m hybrid_opt`."""
-    _take_local_rank(sys.argv)
     try:
+        _take_local_rank(sys.argv)
         app()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
+        print(error_line(error, _rank()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -16,3 +16,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` with the nearest known word, or nothing if none is near."""
     near = difflib.get_close_matches(word, sorted(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def error_line(message: object, rank: int) -> str:
+    """How a process reports an error; only rank 0, and a process alone, need not say who they are."""
+    return f"error (rank {rank}): {message}" if rank else f"error: {message}"

@@ -59,7 +59,7 @@ def build_engine(
             from hybrid_opt.engines.zero import ZeroEngine
 
             return ZeroEngine(model, backprop, owned, movable, config=config, seed=seed)
-        _refuse_many_processes()
+        refuse_many_processes()
         if config is None:
             device = next((p.device for p in model.parameters()), "cpu")
             config = LocalEngineConfig(type="local", device=str(device))
@@ -70,7 +70,12 @@ def build_engine(
         raise UserError(f"estimators.{name}.{error}" if said_of_optimizer else str(error)) from None
 
 
-def _refuse_many_processes() -> None:
+def refuse_many_processes() -> None:
+    """The local engine knows nothing of other processes: each would train a model of its own, in the same folder.
+
+    Raises:
+        UserError: the launcher has started several.
+    """
     if (ranks := launched_world_size()) > 1:
         raise UserError(
             f"engine.type: local runs in one process, but the launcher started {ranks}; write engine: {{type: zero, zero_stage: 2}}"

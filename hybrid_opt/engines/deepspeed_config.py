@@ -13,6 +13,7 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.errors import UserError
 
 AUTO = "auto"
+OFFLOADING = ("offload_optimizer", "offload_param")
 ELSEWHERE = ("optimizer", "scheduler")
 """Sections of a DeepSpeed file that have their place in the schedule file instead."""
 BUCKET = 50_000_000
@@ -84,6 +85,14 @@ class DeepSpeedSettings:
                     places.append((place, "another type"))
         return self._one(*places) or model
 
+    def offloads(self, *sections: str) -> bool:
+        """Whether any of these sections (none: any at all) keeps something in main memory."""
+        for section in sections or OFFLOADING:
+            own, (_, said) = getattr(self.engine, section), self._in_file(f"zero_optimization.{section}.device")
+            if "cpu" in (own and own.device, said):
+                return True
+        return False
+
     def check_batch_size(self, batch_size: int, ranks: int) -> None:
         """Whether a step's batch is the one that the DeepSpeed file speaks of.
 
@@ -113,12 +122,11 @@ class DeepSpeedSettings:
         zero["stage"] = self._one(
             ("engine.zero_stage", self.engine.zero_stage), self._in_file("zero_optimization.stage")
         )
-        for section in ("offload_optimizer", "offload_param"):
+        for section in OFFLOADING:
             for field, value in getattr(self.engine, section) or {}:
                 key = f"zero_optimization.{section}.{field}"
-                zero.setdefault(section, {})[field] = self._one(
-                    (f"engine.{section}.{field}", value), self._in_file(key)
-                )
+                said = self._one((f"engine.{section}.{field}", value), self._in_file(key))
+                zero[section] = {**(zero.get(section) or {}), field: said}
         for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
             config.setdefault(key, {})["enabled"] = dtype == name
         for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size"):
@@ -174,7 +182,7 @@ def _read(path: str | None) -> dict[str, Any]:
     for section in ("zero_optimization", "bf16", "fp16"):
         if not isinstance(content.get(section, {}), dict):
             raise UserError(f"engine.deepspeed_config: {path}: {section} must hold keys and values")
-    devices = [content.get("zero_optimization", {}).get(key) for key in ("offload_optimizer", "offload_param")]
+    devices = [content.get("zero_optimization", {}).get(key) for key in OFFLOADING]
     if any(isinstance(device, dict) and device.get("device") == "nvme" for device in devices):
         raise UserError(
             f"engine.deepspeed_config: {path}: offloading to nvme is not supported, because ES steps write the weights where "

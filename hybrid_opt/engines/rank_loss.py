@@ -1,20 +1,21 @@
-"""Notices within seconds that another rank has ended. Next: `zero.py`.
+"""Notices within a minute that another rank has ended or stands still. Next: `zero.py`.
 
-One idea: every rank counts up in a shared store, and watches the others' counts from a thread of its own, because its main
+One idea: every rank counts up in a shared store, and watches the others' counts from threads of its own, because its main
 thread may be waiting for a dead rank in a collective operation without end.
 """
 
+import atexit
 import contextlib
 import os
 import socket
 import sys
 import threading
-import time
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from hybrid_opt.engines.ranks import Ranks, lost
+from hybrid_opt.errors import error_line
 
 EVERY = 5.0
 """Seconds between looks."""
@@ -34,42 +35,46 @@ def watch(ranks: Ranks) -> "Watch":
         store = dist.TCPStore(
             socket.gethostbyname(host), port[0], ranks.world_size, is_master=False, timeout=timedelta(seconds=PATIENCE)
         )
-    watch = Watch(store, ranks)
-    watch.start()
-    return watch
+    return Watch(store, ranks)
 
 
-class Watch(threading.Thread):
-    """Ends this process, with a message, when another one has not been heard of for `PATIENCE` seconds."""
+class Watch:
+    """Ends this process, with a message, when it needs another one that has not been heard of for `PATIENCE` seconds.
+
+    One thread talks to the store, which lives in rank 0 and no longer answers when that stands still; the other counts how
+    often nothing was heard. It counts its own looks, not seconds, so that a job that was suspended as a whole goes on.
+    """
 
     def __init__(self, store: dist.Store, ranks: Ranks):
-        super().__init__(daemon=True, name="rank watch")
         self.store, self.ranks = store, ranks
-        self.others = [rank for rank in range(ranks.world_size) if rank != ranks.rank]
+        self.missed = {rank: 0 for rank in range(ranks.world_size) if rank != ranks.rank}
         self._over = threading.Event()
-
-    def run(self) -> None:
-        """Count up and look at the others, until `stop`."""
-        seen = {rank: (-1, time.monotonic()) for rank in self.others}
-        while not self._over.wait(EVERY):
-            try:
-                self.store.add(f"alive {self.ranks.rank}", 1)
-                for rank in self.others:
-                    count = self.store.add(f"alive {rank}", 0)
-                    if count != seen[rank][0]:
-                        seen[rank] = (count, time.monotonic())
-                    elif time.monotonic() - seen[rank][1] > PATIENCE and not self.store.add(f"done {rank}", 0):
-                        self._end(rank)
-            except (RuntimeError, ConnectionError):  # the store lives in rank 0
-                if not self._over.wait(PATIENCE):  # unless it had done its work, and this one is about to end, too
-                    self._end(0)
+        self.threads = [threading.Thread(target=job, daemon=True) for job in (self._listen, self._count)]
+        for thread in self.threads:
+            thread.start()
+        atexit.register(self.stop)  # a thread that is in the store when Python goes away would crash the process
 
     def stop(self) -> None:
-        """This rank has nothing more to exchange: whoever looks for it later must not think that it died."""
+        """This rank exchanges nothing more, so it does not mind who ends."""
         self._over.set()
-        with contextlib.suppress(RuntimeError, ConnectionError):
-            self.store.add(f"done {self.ranks.rank}", 1)
+        for thread in self.threads:
+            thread.join(timeout=EVERY)
 
-    def _end(self, rank: int) -> None:
-        print(f"error: {lost(self.ranks.rank, rank)}", file=sys.stderr, flush=True)
-        os._exit(1)
+    def _listen(self) -> None:
+        heard: dict[int, int] = {}
+        with contextlib.suppress(RuntimeError, ConnectionError):  # the store went with rank 0: silence from now on
+            while not self._over.wait(EVERY):
+                self.store.add(f"alive {self.ranks.rank}", 1)
+                for rank in self.missed:
+                    count = self.store.add(f"alive {rank}", 0)
+                    if count != heard.get(rank):
+                        heard[rank], self.missed[rank] = count, 0
+
+    def _count(self) -> None:
+        while not self._over.wait(EVERY):
+            for rank in self.missed:
+                self.missed[rank] += 1
+            silent = [rank for rank, times in self.missed.items() if times * EVERY > PATIENCE]
+            if silent and self.ranks.needed.is_set():
+                print(error_line(lost(f"rank {silent[0]}"), self.ranks.rank), file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread cannot be reached

@@ -5,9 +5,10 @@ process alone exchanges nothing.
 """
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -29,11 +30,6 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def launched_rank() -> int:
-    """Number of this process among them."""
-    return int(os.environ.get("RANK", 0))
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among those of the run. All methods that exchange something must be called by all ranks in the same order.
@@ -45,11 +41,14 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     device: torch.device | str = "cpu"
+    needed: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+    """Set while this process does something for which it needs the others."""
 
     @property
     def on_this_machine(self) -> int:
         """How many ranks share this machine's memory."""
-        return min(self.world_size, int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size)))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # torchrun's name and deepspeed's
+        return min(self.world_size, int(here or self.world_size))
 
     def deal(self, count: int, together: int = 1) -> list[list[int]]:
         """Numbers 0 to count - 1 for each rank, evenly, in runs of `together`; all ranks get equally many.
@@ -95,21 +94,25 @@ class Ranks:
 
     @contextmanager
     def loss_reported(self) -> Iterator[None]:
-        """Inside, the backends' own errors about a lost connection become a RankLostError."""
+        """Inside, the others are needed: the watch acts, and the backends' errors about a connection become a RankLostError."""
+        outermost = not self.needed.is_set()
+        self.needed.set()
         try:
             yield
         except RuntimeError as error:
             if self.world_size == 1 or not _is_about_connection(error):
                 raise
-            raise RankLostError(lost(self.rank)) from error
+            raise RankLostError(f"{lost('another rank')} ({str(error).splitlines()[0].split('. ')[0]})") from error
+        finally:
+            if outermost:
+                self.needed.clear()
 
 
-def lost(rank: int, other: int | None = None) -> str:
+def lost(who: str) -> str:
     """What to say when another rank has ended."""
-    who = "another rank has" if other is None else f"rank {other} has"
     return (
-        f"rank {rank}: {who} stopped, so this one stops too; look for its own message, then go on from the last checkpoint "
-        "with the same command and --resume"
+        f"{who} has stopped, so this one stops too; look for its own message, then go on from the last checkpoint with the "
+        "same command and --resume"
     )
 
 

@@ -111,7 +111,9 @@ class ZeroEngine:
         self.idle_steps, self._put_away = 0, False
         for name, p in self.parameters.items():
             p.requires_grad_(name in self.owned)
-        self.deepspeed = self._initialize(backprop, DeepSpeedSettings(config))
+        settings = DeepSpeedSettings(config)
+        self.offloads_optimizer, self.offloads = settings.offloads("offload_optimizer"), settings.offloads()
+        self.deepspeed = self._initialize(backprop, settings)
         optimizer = self.deepspeed.optimizer if self.deepspeed else None
         self.stage = Stage3(optimizer, self.ranks.rank) if config.zero_stage == 3 else Stage12(optimizer)
         self.master_weights = MasterWeights(config.master_weights, seed)
@@ -163,7 +165,7 @@ class ZeroEngine:
             self._step_optimizer(contributions, owned)
         if others:
             update_directly(self.shards(others), contributions, self.master_weights, step)
-            self._refresh()
+            self._refresh(masters=not others.isdisjoint(self.owned))
         self._count_idle(bool(owned))
         if self.config.check_every and (step + 1) % self.config.check_every == 0:
             self.compare_ranks(step)
@@ -229,7 +231,7 @@ class ZeroEngine:
             buffers[name].copy_(buffer)
         for shard in self.shards(set(self.movable) - self.owned):
             shard.data.copy_(state["weights"][shard.name])
-        self._refresh()
+        self._refresh(masters=bool(self.owned))
 
     def leave(self) -> None:
         """See `Engine.leave`."""
@@ -240,6 +242,8 @@ class ZeroEngine:
     def _initialize(self, backprop: Backprop | None, settings: DeepSpeedSettings) -> Any:
         """DeepSpeed's engine; None where there is nothing that it could spread."""
         dtype = settings.dtype(str(next(self.model.parameters()).dtype).removeprefix("torch."), given=False)
+        if getattr(torch, dtype) not in get_accelerator().supported_dtypes():
+            raise UserError(f"engine: DeepSpeed does not compute in {dtype} on this device ({self.device}); write bf16: true")
         for p in self.model.parameters():
             p.data = p.data.to(getattr(torch, dtype)) if p.is_floating_point() else p.data
         if not self.owned and self.config.zero_stage < 3:
@@ -276,11 +280,11 @@ class ZeroEngine:
             group["lr"], group["rests"] = plain.learning_rate, owned.isdisjoint(names)
         self.deepspeed.step()
 
-    def _refresh(self) -> None:
-        """Let forward passes see what was written."""
+    def _refresh(self, masters: bool) -> None:
+        """Let forward passes see what was written, `masters` being those of DeepSpeed's optimizer."""
         for name, master in self.masters.items():
             self.stage.weights(self.parameters[name])[0].copy_(master)
-        self.stage.refresh()
+        self.stage.refresh(masters)
 
     # ------------------------------------------------------------ idle optimizer state
 
@@ -288,7 +292,7 @@ class ZeroEngine:
         self.idle_steps = 0 if optimizer_acted else self.idle_steps + 1
         if self.owned and self.idle_steps == self.config.offload_idle_after:
             self._move_optimizer_state(self.device, torch.device("cpu"))
-            if self.config.offload_param is None and self.config.offload_optimizer is None:
+            if not self.offloads:
                 self.deepspeed.offload_states(
                     include=GRADIENT_BUFFERS, device=OffloadDeviceEnum.cpu, pin_memory=self.device.type == "cuda"
                 )
@@ -302,7 +306,7 @@ class ZeroEngine:
 
     def _move_optimizer_state(self, source: torch.device, target: torch.device) -> None:
         """DeepSpeed has a way of its own, which moves counts of steps too, where torch's optimizers do not want them."""
-        if self.config.offload_optimizer is not None:
+        if self.offloads_optimizer:
             return  # it is in main memory for good
         for values in self.deepspeed.optimizer.optimizer.state.values():
             for key, value in values.items():

@@ -36,8 +36,8 @@ class Stage(Protocol):
         """Overwrite what `gradient` gives; between backward and step."""
         ...
 
-    def refresh(self) -> None:
-        """Let forward passes see masters and weights that were written."""
+    def refresh(self, masters: bool) -> None:
+        """Let forward passes see weights that were written, and masters if they were."""
         ...
 
 
@@ -73,9 +73,9 @@ class Stage12:
             self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(p)] = values.double().norm()
             self.optimizer.update_offload_overflow_tracker(values)
 
-    def refresh(self) -> None:
+    def refresh(self, masters: bool) -> None:
         """See `Stage.refresh`. Weights without a master in the optimizer are written in place, so nothing is left to do."""
-        if self.optimizer is not None:
+        if masters:
             self.optimizer.update_lp_params()
 
 
@@ -121,10 +121,10 @@ class Stage3:
         padded[: len(values)] = values
         self.optimizer.set_local_grad_for_param(padded, p)
 
-    def refresh(self) -> None:
+    def refresh(self, masters: bool) -> None:
         """See `Stage.refresh`. Whole copies that some forward pass left behind go first: they would be used again."""
         self.offload.partition_all_parameters()
-        if self.trains:
+        if masters:
             for group in range(len(self.optimizer.fp16_groups)):
                 self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
             self.optimizer.invalidate_secondary_tensor()

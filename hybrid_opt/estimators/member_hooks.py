@@ -41,7 +41,7 @@ class Factors:
     """For matrices whose modules get the same input: the A of all of them (directions, r of all, n), and which are its own."""
 
     _row_scales: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict)
-    _latest: tuple[tuple, Tensor] | None = None
+    _latest: "_Projection | None" = None
 
     def by_direction(self, x: Tensor) -> Tensor:
         """(members * rows, ..., features) as (directions, members of each * rows * ..., features)."""
@@ -71,10 +71,33 @@ class Factors:
         if name not in self.shared or x.is_inference():  # such a tensor does not tell whether it has been written
             return a @ self.by_direction(x).mT
         together, first, last = self.shared[name]
-        key = (x, x._version, together)
-        if self._latest is None or any(old is not new for old, new in zip(self._latest[0], key, strict=True)):
-            self._latest = (key, together @ self.by_direction(x).mT)
-        return self._latest[1][:, first:last]
+        if self._latest is None or self._latest.factors is not together or not self._latest.is_of(x):
+            self._latest = _Projection(x, x._version, together, together @ self.by_direction(x).mT)
+        return self._latest.result[:, first:last]
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A product, and what of; holding on to the input keeps its memory from being used for another."""
+
+    x: Tensor
+    version: int
+    factors: Tensor
+    result: Tensor
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether it is the product of this input, which has not been written since."""
+        return is_same(self.x, x) and x._version == self.version
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same memory seen the same way, as ZeRO-3 hands each module a new view of its input."""
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+    )
 
 
 class MemberHooks:

@@ -4,7 +4,6 @@ One idea: hooks see what goes in and out of modules. A rehearsal finds out where
 noise that would not reach the losses, or would reach the wrong ones, is found before a single member is evaluated.
 """
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hybrid_opt.engines.contract import Engine, is_spread
+from hybrid_opt.estimators.member_hooks import is_same
 from hybrid_opt.estimators.swapping import owners_of, while_running
 from hybrid_opt.objectives.contract import Objective, count_examples, select
 
@@ -119,7 +119,7 @@ class _Record:
         self.groups: list[list[str]] = []
         self.outside: set[str] = set()
         self.bytes = 0
-        self._last = lambda: None
+        self._last: Tensor | None = None
 
     def note(self, module: nn.Module, names: Mapping[str, str], x: Tensor | None) -> None:
         for name in names.values():
@@ -129,10 +129,10 @@ class _Record:
                     _Call(x.shape, not x.is_floating_point(), _told_apart(x.unsqueeze(-1).flatten(1).float()))
                 )
         if type(module) is nn.Linear and "weight" in names and x is not None:
-            if self._last() is not x:
+            if self._last is None or not is_same(self._last, x):
                 self.groups.append([])
             self.groups[-1].append(names["weight"])
-            self._last = weakref.ref(x)
+            self._last = x
 
     def begins_like(self, other: "_Record") -> bool:
         """Whether each module was first called with the same rows."""
@@ -209,7 +209,9 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        if not self.pauses and any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # a shape or a dtype is no use
+        if not self.pauses and any(
+            isinstance(leaf, Tensor) for leaf in tree_leaves(result)
+        ):  # a shape or a dtype is no use
             for leaf in tree_leaves((args, kwargs)):
                 # ZeRO-3 looks at the `data` of what it gathers.
                 if id(leaf) in self.names and not (is_spread(leaf) and function.__name__ == "__get__"):

@@ -122,7 +122,7 @@ class _Rows:
     def seconds(self, name: str) -> float:
         """How long a step of the row takes."""
         try:
-            return _seconds(self.steps[name], self.case.device)
+            return seconds_of(self.steps[name], self.case.device)
         finally:
             with torch.no_grad():
                 for p, original in zip(self.model.parameters(), self.originals, strict=True):
@@ -148,7 +148,8 @@ def _take_turns(case: Case, found: dict[str, Timing], repeats: int, say: Say) ->
                 found[name].seconds += [seconds] if turn else []
 
 
-def _seconds(step: Step, device: str) -> float:
+def seconds_of(step: Step, device: str) -> float:
+    """How long a step takes."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     begun = time.perf_counter()

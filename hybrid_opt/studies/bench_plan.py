@@ -141,6 +141,17 @@ def check_json(path: Path | None) -> None:
         raise UserError(f"command line: --json {path}: the folder {folder} cannot be written to; choose another file")
 
 
+def check_ranks(ranks: int, rows: Sequence[str]) -> None:
+    """Whether `--distributed` can start this many ranks.
+
+    Raises:
+        UserError: it cannot, or is told to measure rows of the other table.
+    """
+    _at_least("--ranks", ranks, 2)
+    if rows:
+        raise UserError("command line: --rows chooses among the rows without --distributed; drop one of the two")
+
+
 def check_repeats(repeats: int) -> None:
     """Whether there is anything to take a median of.
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hybrid_opt.config.engines import LocalEngine
+from hybrid_opt.config.engines import LocalEngine, ZeroEngine
 from hybrid_opt.config.run import Data, Lora, Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
@@ -24,8 +24,6 @@ from hybrid_opt.studies.mezo_loop import mezo_step
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 
 SIGMA, LEARNING_RATE = 1e-3, 1e-6
-_DENSE = {"type": "dense", "distribution": "gaussian"}
-_LOW_RANK = {"type": "low_rank", "noise_rank": 1}
 _ADAMW = {"type": "backprop", "optimizer": "AdamW"}
 
 Step = Callable[[], Any]
@@ -57,19 +55,30 @@ def build_step(row: str, case: Case, model: nn.Module) -> Step:
             return _inference(model, all_members)
         case "mezo_loop":
             return _mezo(case, model, one)
-        case "es_low_rank":
-            together = case.members_per_forward
-            es = _es(case, _LOW_RANK) | ({"members_per_forward": together} if together else {})
-            return _hybrid(row, case, model, es, one)
-        case "es_dense":
-            return _hybrid(row, case, model, _es(case, _DENSE), one)
-        case "backprop_sgd":
-            return _hybrid(row, case, model, {"type": "backprop", "optimizer": "SGD"}, all_members)
-        case "backprop_adamw" | "lora":
-            return _hybrid(row, case, model, _ADAMW, all_members)
-        case "backprop_checkpointing":
-            return _hybrid(row, case, model, {**_ADAMW, "gradient_checkpointing": True}, all_members)
-    raise AssertionError(row)
+        case "es_low_rank" | "es_dense":
+            return _hybrid(row, case, model, one)
+        case "es_stretch" | "es_stretch_moved":
+            return _stretch(row, case, model, one)
+    return _hybrid(row, case, model, all_members)
+
+
+def build_schedule(row: str, case: Case) -> dict[str, Any]:
+    """The schedule file of a row's step; in an ES stretch the first step is backprop's."""
+    together = {"members_per_forward": case.members_per_forward} if case.members_per_forward else {}
+    low_rank = _es(case, {"type": "low_rank", "noise_rank": 1}) | together
+    estimator = {
+        "es_low_rank": low_rank,
+        "es_dense": _es(case, {"type": "dense", "distribution": "gaussian"}),
+        "backprop_sgd": {"type": "backprop", "optimizer": "SGD"},
+        "backprop_checkpointing": {**_ADAMW, "gradient_checkpointing": True},
+    }.get(row, _ADAMW)
+    estimators = {"it": estimator, "es": low_rank} if row.startswith("es_stretch") else {"it": estimator}
+    return {
+        "estimators": {name: {**settings, "learning_rate": LEARNING_RATE} for name, settings in estimators.items()},
+        "schedule": {"type": "alternate", "pattern": {"it": 1, "es": 1000}}
+        if row.startswith("es_stretch")
+        else {"type": "single", "estimator": "it"},
+    }
 
 
 def token_batch(case: Case, model: nn.Module, members: int) -> dict[str, Any]:
@@ -150,11 +159,17 @@ def _es(case: Case, perturbation: dict[str, Any]) -> dict[str, Any]:
     return {"type": "es", "population_size": case.members, "sigma": SIGMA, "perturbation": perturbation}
 
 
-def _hybrid(row: str, case: Case, model: nn.Module, estimator: dict[str, Any], batch: dict[str, Any]) -> Step:
-    schedule = {
-        "estimators": {"it": {**estimator, "learning_rate": LEARNING_RATE}},
-        "schedule": {"type": "single", "estimator": "it"},
-    }
+def _hybrid(row: str, case: Case, model: nn.Module, batch: dict[str, Any]) -> Step:
     engine = LocalEngine(type="local", device=case.device, master_weights=master_weights_of(row, case))
-    hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=schedule, engine=engine)
+    hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=build_schedule(row, case), engine=engine)
+    return lambda: hybrid.step(batch)
+
+
+def _stretch(row: str, case: Case, model: nn.Module, batch: dict[str, Any]) -> Step:
+    """An ES step some time after a backprop step, under ZeRO-2 with one rank."""
+    idle = 1 if row == "es_stretch_moved" else None
+    engine = ZeroEngine(type="zero", zero_stage=2, offload_idle_after=idle)
+    hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=build_schedule(row, case), engine=engine)
+    for _ in range(2):
+        hybrid.step(batch)
     return lambda: hybrid.step(batch)

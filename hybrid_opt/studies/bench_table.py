@@ -47,6 +47,31 @@ def case_table(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def distributed_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows of `--distributed` for one case."""
+    table = Table(
+        caption="one thread a rank; efficiency: seconds on one rank by ranks times seconds on all; memory of one rank",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("row")
+    for column in ("ranks", "seconds", "efficiency", "spread", "peak MB", "memory ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        efficiency, peak = row.get("efficiency"), row.get("peak_memory_bytes")
+        table.add_row(
+            row["name"],
+            str(row["ranks"]),
+            _number(row.get("seconds_median")),
+            _number(efficiency),
+            _spread(efficiency, row.get("efficiency_min"), row.get("efficiency_max")),
+            f"{peak / 1e6:,.0f}" if peak else row.get("problem") or "",
+            _number(row.get("memory_ratio_to_inference")),
+        )
+    return table
+
+
 def header_of(rows: Sequence[dict[str, Any]]) -> str:
     """What the rows of one case have in common, in a line or two."""
     row = rows[0]

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.run import Choice, Function, Model, RunFile
+from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
@@ -95,6 +96,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
 def _with_engine_dtype(run: RunFile) -> Model:
     """The model's section with the dtype that the engine's settings ask for, which may have it from a DeepSpeed file."""
     if not isinstance(run.engine, ZeroEngine):
+        refuse_many_processes()
         return run.model
     settings = DeepSpeedSettings(run.engine)
     settings.check_batch_size(run.training.batch_size, launched_world_size())

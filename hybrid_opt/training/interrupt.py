@@ -2,30 +2,37 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+ECHO = 2.0
+"""Seconds in which further signals are the first one once more: a terminal sends Ctrl-C to every process of a job, and then
+its launcher passes it on to the same processes."""
 
 
 @contextmanager
 def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGINT or SIGTERM only makes the given function answer True; a second SIGINT stops at once.
+    """Inside, the first SIGINT or SIGTERM only makes the given function answer True; a later SIGINT stops at once.
 
     Outside the main thread, where Python lets nobody handle signals, the function always answers False.
     """
-    requested = False
+    first: float | None = None
 
     def request(number, frame):
-        nonlocal requested
-        requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        say("stopping after the current step; Ctrl-C again stops at once")
+        nonlocal first
+        if first is None:
+            first = time.monotonic()
+            say("stopping after the current step; Ctrl-C again stops at once")
+        elif number == signal.SIGINT and time.monotonic() - first > ECHO:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: requested
+        yield lambda: first is not None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

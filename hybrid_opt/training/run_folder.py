@@ -33,6 +33,9 @@ CONTENTS = (
     "adapter",
 )
 
+TRIAL = ".hybrid-opt-"
+"""What the entry begins with that shows whether the folder can be written to."""
+
 
 class _Dumper(yaml.SafeDumper):
     """Quotes texts such as 12e45, which the loader of run files would otherwise read as numbers."""
@@ -63,7 +66,9 @@ class RunFolder:
         if resume and not any(self.checkpoints.glob("step-*")):
             hint = " (its run has finished)" if self.summary.exists() else ""
             raise UserError(f"output: {self.path} has no checkpoint to resume from{hint}; start anew with --overwrite")
-        present = [] if not self.path.is_dir() else [entry.name for entry in self.path.iterdir()]
+        present = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        # Another rank may be looking at the same time.
+        present = [name for name in present if not name.startswith(TRIAL)]
         foreign = sorted(set(present) - set(CONTENTS))
         if foreign and not resume:
             raise UserError(
@@ -76,7 +81,7 @@ class RunFolder:
             )
         existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         try:
-            with tempfile.TemporaryDirectory(dir=existing):
+            with tempfile.TemporaryDirectory(dir=existing, prefix=TRIAL):
                 pass
         except OSError as error:
             raise UserError(f"output: {self.path} cannot be written to: {error.strerror}") from None

@@ -106,7 +106,7 @@ class Trainer:
         Raises:
             UserError: losses that are not finite, or batches that ended; a checkpoint is saved first.
         """
-        with stop_requests(self.display.say) as stop_requested:
+        with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
             self._begin()
             self.display.start(self.optimizer.signals.step, self.steps)
             try:
@@ -142,6 +142,11 @@ class Trainer:
             if self.config is not None:
                 self.folder.write_config(self.config)
         self.ranks.wait()
+        if self.folder and not self.folder.path.is_dir():
+            raise UserError(
+                f"output: {self.folder.path} was made by rank 0, but rank {self.ranks.rank} does not see it; choose a folder on a "
+                "file system that all machines share"
+            )
         if self.validation:
             self.display.say("evaluating before the first step ...")
             self.before = self._evaluate(self.validation)
