@@ -223,7 +223,7 @@ def main() -> None:
         _take_local_rank(sys.argv)
         app()
     except UserError as error:
-        print(error_line(error, _rank()), file=sys.stderr)
+        sys.stderr.write(error_line(error, _rank()) + "\n")  # at once, or another rank's line may come in between
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -76,5 +76,6 @@ class Watch:
                 self.missed[rank] += 1
             silent = [rank for rank, times in self.missed.items() if times * EVERY > PATIENCE]
             if silent and self.ranks.needed.is_set():
-                print(error_line(lost(f"rank {silent[0]}"), self.ranks.rank), file=sys.stderr, flush=True)
+                sys.stderr.write(error_line(lost(f"rank {silent[0]}"), self.ranks.rank) + "\n")
+                sys.stderr.flush()
                 os._exit(1)  # the main thread cannot be reached

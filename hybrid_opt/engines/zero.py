@@ -243,7 +243,9 @@ class ZeroEngine:
         """DeepSpeed's engine; None where there is nothing that it could spread."""
         dtype = settings.dtype(str(next(self.model.parameters()).dtype).removeprefix("torch."), given=False)
         if getattr(torch, dtype) not in get_accelerator().supported_dtypes():
-            raise UserError(f"engine: DeepSpeed does not compute in {dtype} on this device ({self.device}); write bf16: true")
+            raise UserError(
+                f"engine: DeepSpeed does not compute in {dtype} on this device ({self.device}); write bf16: true"
+            )
         for p in self.model.parameters():
             p.data = p.data.to(getattr(torch, dtype)) if p.is_floating_point() else p.data
         if not self.owned and self.config.zero_stage < 3:

@@ -20,6 +20,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.drawn_noise import DrawnNoise
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
+from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
@@ -65,7 +66,7 @@ class LowRankPerturbation:
         self.dense = DensePerturbation("gaussian", sigma)
         self._forms: dict[tuple[nn.Module, frozenset[str]], _Forms] = {}
         self._form_of: dict[str, str] = {}  # how a parameter was last evaluated, and so is updated
-        self._drawn = DrawnNoise()
+        self._drawn, self._memory = DrawnNoise(), KeptMemory()
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Perturbation.check`."""
@@ -188,7 +189,7 @@ class LowRankPerturbation:
         directions = [m.key for m in members[::together]]
         device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
         scale = torch.tensor([m.sign * self.sigma for m in members], device=device).view(-1, together)
-        factors = Factors(rows, scale, {}, {})
+        factors = Factors(rows, scale, {}, {}, self._memory)
         for names in _of_equal_shape(parameters):
             p, shape = parameters[names[0]], whole_shape(parameters[names[0]])
             keys = [key.fold(name) for name in names for key in directions]

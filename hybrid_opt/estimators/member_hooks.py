@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.engines.contract import whole_shape
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.swapping import every_module_called, owners_of
 
@@ -37,6 +38,8 @@ class Factors:
     `scale B^T A`."""
     vectors: dict[str, Tensor]
     """For any other parameter: (directions, *shape) float32."""
+    memory: KeptMemory | None = None
+    """Where large outputs may go."""
     shared: dict[str, tuple[Tensor, int, int]] = field(default_factory=dict)
     """For matrices whose modules get the same input: the A of all of them (directions, r of all, n), and which are its own."""
 
@@ -227,7 +230,7 @@ def _linear(module, names, factors):
             a, b = factors.matrices[names["weight"]]
             if is_conv1d:
                 a, b = b, a
-            y = _plus_outer(y, factors.project(names["weight"], a, x), b, factors)
+            y = _plus_outer(y, factors.project(names["weight"], a, x), b, factors, factors.memory)
         y = y.flatten(0, 1).addmm_(flat.flatten(0, 1), module.weight if is_conv1d else module.weight.T)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -255,15 +258,22 @@ def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str],
     return _plus_outer(flat, b.gather(2, rows), a, factors).view(y.shape)
 
 
-def _plus_outer(y: Tensor | None, left: Tensor, right: Tensor, factors: Factors) -> Tensor:
-    """`y + scale left^T right`: a new tensor (directions, rows, out), for left (directions, r, rows), right (directions, r, out)."""
+def _plus_outer(
+    y: Tensor | None, left: Tensor, right: Tensor, factors: Factors, memory: KeptMemory | None = None
+) -> Tensor:
+    """`y + scale left^T right`: a new tensor (directions, rows, out), for left (directions, r, rows), right (directions, r, out).
+
+    Args:
+        memory: where a large result may go.
+    """
     left = left * factors.scale_of_each_row(left.shape[2], left.dtype).unsqueeze(1)
     if left.device.type != "cpu" or left.shape[1] > 4:
         return torch.bmm(left.mT, right) if y is None else torch.baddbmm(y, left.mT, right)
     # On a CPU a multiply-add for each rank is some six times as fast as a thin product.
+    out = memory and memory.take((len(left), left.shape[2], right.shape[2]), left.dtype, left.device)
     for k in range(left.shape[1]):
         column, row = left[:, k, :, None], right[:, k : k + 1]
-        y = column * row if y is None else torch.addcmul(y, column, row, out=y if k else None)
+        y = torch.mul(column, row, out=out) if y is None else torch.addcmul(y, column, row, out=y if k else out)
     return y
 
 
