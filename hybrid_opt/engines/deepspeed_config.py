@@ -110,12 +110,13 @@ class DeepSpeedSettings:
                 f'but training.batch_size is {batch_size}; make them equal, or leave one of them out ("auto")'
             )
 
-    def deepspeed(self, backprop: Backprop, dtype: str, ranks: int) -> dict[str, Any]:
+    def deepspeed(self, backprop: Backprop, dtype: str, ranks: int, hidden_size: int | None = None) -> dict[str, Any]:
         """The whole of DeepSpeed's configuration.
 
         Args:
             backprop: what `backprop` gave.
             dtype: what `dtype` gave.
+            hidden_size: the model's, for `auto` sizes of buffers; None: it has none.
         """
         config = json.loads(json.dumps(self.file))
         zero = config.setdefault("zero_optimization", {})
@@ -129,9 +130,11 @@ class DeepSpeedSettings:
                 zero[section] = {**(zero.get(section) or {}), field: said}
         for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
             config.setdefault(key, {})["enabled"] = dtype == name
+        for key, size in _sizes(hidden_size).items():
+            if zero.get(key) == AUTO:
+                zero[key] = size
         for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size"):
-            if zero.get(key, AUTO) == AUTO:
-                zero[key] = BUCKET
+            zero.setdefault(key, BUCKET)
         # How a batch is cut is decided step by step and told to DeepSpeed pass by pass, so its own arithmetic gets ones.
         config |= {
             "train_micro_batch_size_per_gpu": 1,
@@ -189,6 +192,17 @@ def _read(path: str | None) -> dict[str, Any]:
             "they lie; write cpu"
         )
     return content
+
+
+def _sizes(hidden_size: int | None) -> dict[str, int]:
+    """What `auto` means for the sizes of buffers and of parameters that stay whole, as in transformers' own integration."""
+    if hidden_size is None:
+        return {"reduce_bucket_size": BUCKET, "stage3_prefetch_bucket_size": BUCKET}
+    return {
+        "reduce_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
 
 
 def _without_auto(config: Any) -> Any:

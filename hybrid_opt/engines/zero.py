@@ -4,6 +4,8 @@ One idea: DeepSpeed keeps what backprop may own, in its way, and every update en
 the float32 master, which the next optimizer step starts from, and the copy that forward passes use.
 """
 
+import contextlib
+import io
 import logging
 import os
 import socket
@@ -51,7 +53,8 @@ def join_ranks() -> Ranks:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # each rank would say how it got its communication compiled
+        deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)
     device = torch.device(get_accelerator().current_device_name())
     return Ranks(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), device)
 
@@ -262,7 +265,10 @@ class ZeroEngine:
             optimizer = build_optimizer(backprop, groups)
             _let_groups_rest(optimizer)
         config = settings.deepspeed(
-            backprop or Backprop(type="backprop", learning_rate=1.0), dtype, self.ranks.world_size
+            backprop or Backprop(type="backprop", learning_rate=1.0),
+            dtype,
+            self.ranks.world_size,
+            getattr(getattr(self.model, "config", None), "hidden_size", None),
         )
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 

@@ -228,7 +228,8 @@ class Trainer:
     def _refuse_other_layout(self, checkpoint: Path, saved: dict[str, int]) -> None:
         if saved != (own := self.optimizer.engine.layout()):
             whole = checkpoint / "model"
-            hint = f"model.name={whole} output=..." if whole.is_dir() else "engine.consolidate: true writes it"
+            random = " model.config=null" if (self.config or {}).get("model", {}).get("config") else ""
+            hint = f"model.name={whole}{random} output=..." if whole.is_dir() else "engine.consolidate: true writes it"
             raise UserError(
                 f"output: {self.folder.path}: {checkpoint.name} was saved by {_described(saved)}, and this run has {_described(own)}; "
                 f"resume with the same, or start a new run from the whole model ({hint})"

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.engines.deepspeed_config import BUCKET, DeepSpeedSettings
+from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 
 
@@ -30,7 +30,7 @@ def backprop(**fields) -> Backprop:
 
 
 def whole(settings: DeepSpeedSettings, dtype: str = "float32", ranks: int = 2, **fields) -> dict:
-    return settings.deepspeed(settings.backprop(backprop(**fields)), dtype, ranks)
+    return settings.deepspeed(settings.backprop(backprop(**fields)), dtype, ranks, hidden_size=100)
 
 
 # ------------------------------------------------------------ two places
@@ -184,7 +184,7 @@ def test_auto_is_filled_in_everywhere(settings):
     assert auto not in json.dumps(config)
     assert (config["gradient_accumulation_steps"], config["gradient_clipping"]) == (2, 0.5)
     assert config["zero_optimization"]["stage"] == 3
-    assert config["zero_optimization"]["reduce_bucket_size"] == BUCKET
+    assert config["zero_optimization"]["reduce_bucket_size"] == 100**2  # as in transformers, for a hidden size of 100
 
 
 def test_a_bucket_size_of_ones_own_stays(settings):
