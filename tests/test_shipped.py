@@ -1,6 +1,7 @@
 """Everything that is shipped works: recipes, examples, the command line, and the wheel."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -135,3 +136,25 @@ def test_vendored_data_is_attributed():
         text = (ROOT / folder / "README.md").read_text()
         assert "licence" in text.lower()
     assert yaml.safe_load((ROOT / "examples/spam/run.yaml").read_text())["model"]["name"] == "smollm2-135m"
+
+
+def test_deepspeed_is_imported_in_one_file():
+    importing = [
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "hybrid_opt").rglob("*.py")
+        if re.search(r"^\s*(from|import) deepspeed\b", path.read_text(), re.MULTILINE)
+    ]
+    assert importing == ["hybrid_opt/engines/zero.py"]
+
+
+def test_check_says_what_zero_saves():
+    shown = python(
+        "-m", "hybrid_opt", "check", "examples/spam/run.yaml", "engine.type=zero", "engine.zero_stage=2",
+        "--schedule", "head_backprop_body_es",
+    )  # fmt: skip
+    # Two layers of 3,540,096 values of 134,515,008: a float32 master and AdamW's two moments, 12 bytes each.
+    assert "backprop may own 7,080,192 of 134,515,008 values" in shown
+    assert (
+        "AdamW's state and float32 masters take 85.0 MB over all ranks, where for all values they would take 1.61 GB"
+        in shown
+    )

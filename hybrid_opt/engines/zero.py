@@ -276,10 +276,8 @@ class ZeroEngine:
         (plain,) = (c for c in contributions if c.rule is None)
         scale = self.loss_scale
         for shard in self.shards(self.owned):
-            p, terms = (
-                self.parameters[shard.name],
-                [(c.weight, c.estimate) for c in contributions if shard.name in c.names],
-            )
+            p = self.parameters[shard.name]
+            terms = [(c.weight, c.estimate) for c in contributions if shard.name in c.names]
             if shard.name not in owned:  # another phase's: what its buffer holds must not count in the norm
                 self.stage.set_gradient(p, torch.zeros_like(shard.data))
             elif terms != [(1.0, plain.estimate)]:

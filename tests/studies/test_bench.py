@@ -282,6 +282,8 @@ REFUSED = {
     "unknown dtype": (["--dtype", "bf16"], "--dtype 'bf16'", "did you mean 'bfloat16'?"),
     "unknown device": (["--device", "gpu"], "--device 'gpu'", "auto, cpu, cuda"),
     "unknown masters": (["--master-weights", "bfloat16"], "--master-weights 'bfloat16'", "write one of", "none"),
+    "one rank": (["--distributed", "--ranks", "1"], "--ranks 1", "write 2 or more"),
+    "rows of the other table": (["--distributed", "--rows", "lora"], "--rows", "without --distributed"),
     "no folder": (["--json", "nowhere/bench.json"], "--json nowhere/bench.json", "no folder"),
     "a folder": (["--json", "model"], "--json model", "is a folder"),
     "too many tokens": (["--tokens", "33"], "--tokens 33", "32 positions", "write 32 or fewer"),
@@ -305,6 +307,23 @@ def test_an_unknown_model_is_refused_in_a_line(monkeypatch, capsys):
     assert message.startswith("error: command line: MODEL: 'smollm2-135' cannot be loaded"), message
     assert "did you mean 'smollm2-135m'?" in message
     assert message.count("\n") == 1, message
+
+
+def test_distributed_compares_two_ranks_with_one(folder, monkeypatch, capsys):
+    rows = folder.parent / "bench.json"
+    assert exit_code(monkeypatch, str(folder), *SMALL, "--distributed", "--no-memory", "--json", str(rows)) == 0
+    one, two = json.loads(rows.read_text())
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    ratios = [alone / (2 * together) for alone, together in zip(one["seconds"], two["seconds"], strict=True)]
+    assert two["efficiency"] == pytest.approx(statistics.median(ratios))
+    assert "efficiency" in capsys.readouterr().out
+
+
+def test_an_es_stretch_starts_after_a_backprop_step(case):
+    """In a process of its own, because torch.distributed can be started but once."""
+    kept, moved = (row_memory(name, case) for name in ("es_stretch", "es_stretch_moved"))
+    assert kept.problem is moved.problem is None
+    assert kept.peak_bytes > kept.loaded_bytes > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
