@@ -22,8 +22,8 @@ class KeptMemory:
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """A piece of this shape, with anything in it; None where torch's own way to get one is as good."""
         size = dtype.itemsize * torch.Size(shape).numel()
-        if device.type != "cpu" or not LARGE_BYTES <= size <= KEPT_BYTES or _holders is None:
-            return None
+        if device.type != "cpu" or dtype != torch.float32 or not LARGE_BYTES <= size <= KEPT_BYTES or _holders is None:
+            return None  # a CPU computes in narrow types so slowly that pages do not count, and their updates need the room
         for piece, alone in self._pieces:
             if piece.shape == shape and piece.dtype == dtype and _holders(piece) == alone:
                 return piece.view(shape)

@@ -45,8 +45,9 @@ def test_a_piece_that_somebody_holds_stays_theirs(memory, hold):
     assert (torch.as_tensor(held) == 1).all()
 
 
-def test_small_pieces_and_other_devices_are_left_to_torch(memory):
+def test_small_pieces_narrow_types_and_other_devices_are_left_to_torch(memory):
     assert take(memory, 4, 4) is None
+    assert memory.take((16, 64), torch.bfloat16, CPU) is None
     assert memory.take((16, 32), torch.float32, torch.device("meta")) is None
 
 
