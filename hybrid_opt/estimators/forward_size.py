@@ -1,4 +1,4 @@
-"""How many members and examples share a forward pass. Next: `member_hooks.py`.
+"""How many members and examples share a forward pass. Next: `factors.py`.
 
 One idea: a population's rows, one for each member and example, are cut into pieces of even size. A piece is as large as
 makes a forward pass efficient, as far as free memory allows; one that does not fit after all is cut in two.

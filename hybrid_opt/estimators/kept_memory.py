@@ -1,4 +1,4 @@
-"""Memory of very large outputs, for the next forward pass to find again. Next: `low_rank.py`.
+"""Memory of very large outputs, for the next forward pass to find again. Next: `member_hooks.py`.
 
 One idea: the system gives and takes back large pieces of main memory page by page, which for a model's logits takes longer than
 to compute what is written there; so a piece is kept, and handed out again when nobody holds anything in it any more.

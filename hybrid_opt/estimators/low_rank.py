@@ -19,9 +19,10 @@ from hybrid_opt.engines.contract import Engine, Shard, whole_shape
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.drawn_noise import DrawnNoise
+from hybrid_opt.estimators.factors import Factors
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.kept_memory import KeptMemory
-from hybrid_opt.estimators.member_hooks import Factors, MemberHooks, why_not
+from hybrid_opt.estimators.member_hooks import MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.refusal import refusal

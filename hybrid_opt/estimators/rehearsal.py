@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from hybrid_opt.engines.contract import Engine, is_spread
-from hybrid_opt.estimators.member_hooks import is_same
+from hybrid_opt.estimators.factors import is_same
 from hybrid_opt.estimators.swapping import owners_of, while_running
 from hybrid_opt.objectives.contract import Objective, count_examples, select
 
