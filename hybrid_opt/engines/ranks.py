@@ -5,6 +5,7 @@ process alone exchanges nothing.
 """
 
 import os
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,13 @@ class RankLostError(UserError):
 def launched_world_size() -> int:
     """How many processes the launcher has started (deepspeed, torchrun); 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def free_port() -> str:
+    """A port of this machine on which nobody listens, for processes to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 @dataclass(frozen=True)

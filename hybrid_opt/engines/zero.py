@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import os
-import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.direct import moved_directly, update_directly
 from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.rank_loss import watch
-from hybrid_opt.engines.ranks import TIMEOUT, Ranks
+from hybrid_opt.engines.ranks import TIMEOUT, Ranks, free_port
 from hybrid_opt.engines.torch_optimizer import build_optimizer
 from hybrid_opt.engines.zero_stages import Stage3, Stage12, checksums
 from hybrid_opt.errors import UserError
@@ -49,9 +48,7 @@ def join_ranks() -> Ranks:
     if "RANK" not in os.environ:
         os.environ |= alone
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        os.environ["MASTER_PORT"] = free_port()
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     with contextlib.redirect_stdout(io.StringIO()):  # each rank would say how it got its communication compiled
         deepspeed.init_distributed(timeout=TIMEOUT, verbose=False)

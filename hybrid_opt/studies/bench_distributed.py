@@ -6,7 +6,6 @@ all take it together, so both durations belong to one moment of one machine. Thi
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.engines.ranks import Ranks
+from hybrid_opt.engines.ranks import Ranks, free_port
 from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.causal_lm import CausalLmObjective
 from hybrid_opt.studies.bench import Say, machine_name, seconds_of
@@ -77,16 +76,13 @@ def measure_distributed(case: Case, ranks: int, *, repeats: int, memory: bool, s
 
 def _run_ranks(case: Case, ranks: int, repeats: int) -> tuple[list[float], list[float]]:
     """Seconds of each turn's step on one rank and on all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     order = json.dumps({"case": asdict(case), "repeats": repeats})
     command = [sys.executable, "-m", "hybrid_opt.studies.bench_distributed", order]
     places = {
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": free_port(),
     }
     threads = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
