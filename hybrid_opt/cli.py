@@ -96,7 +96,9 @@ def plan(
     from hybrid_opt.checking import timeline
 
     config, _ = _load(run, overrides, schedule)
-    for line in timeline(config, steps or config.training.steps):
+    if (steps := steps or config.training.steps) is None:
+        raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    for line in timeline(config, steps):
         Console().print(line, highlight=False)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.run import Choice, Function, Model, RunFile
+from hybrid_opt.config.run import Budget, Choice, Function, Model, RunFile
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -77,6 +77,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
         schedule=run.schedule,
         steps=training.steps,
+        budget=training.budget,
         seed=training.seed,
         engine=run.engine,
         validation=_batches(validation, size, data),
@@ -87,6 +88,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         output=run.output,
         overwrite=overwrite,
         resume=resume,
+        saves_model=training.save_model,
         tokenizer=tokenizer,
         config=run.model_dump(mode="json", exclude_none=True),
         display=display,
@@ -142,7 +144,14 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         UserError: naming what differs.
     """
     now = run.model_dump(mode="json", exclude_none=True)
-    free = {"output", "training.evaluate_every", "training.checkpoint_every", "training.evaluation_rows"}
+    free = {
+        "output",
+        "training.evaluate_every",
+        "training.checkpoint_every",
+        "training.evaluation_rows",
+        "training.save_model",
+    }
+    free |= {f"training.budget.{currency}" for currency in Budget.model_fields}
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
         free.add("training.steps")
     for name in run.schedule.estimators:  # what the message about a diverging run advises to change

@@ -1,5 +1,6 @@
 """The folder that a run leaves behind. Next: `summary.py`, `curves.py`.
 
+    machine.json        on what it was made: machine and versions
     run.yaml            resolved configuration (only for runs from a run file)
     metrics.jsonl       one line a step
     evaluations.jsonl   one line an evaluation
@@ -24,6 +25,7 @@ from hybrid_opt.errors import UserError
 
 CONTENTS = (
     "run.yaml",
+    "machine.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "checkpoints",
@@ -101,6 +103,10 @@ class RunFolder:
         (self.path / "run.yaml").write_text(
             yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
         )
+
+    def write_machine(self, machine: dict[str, Any]) -> None:
+        """What `describe_machine` found, as JSON."""
+        (self.path / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The summary as JSON."""
