@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | schema | bench. Next: `config/loading.py`, then `training/build.py`.
+"""The command line: train | check | plan | ablate | schema | bench. Next: `config/loading.py`, then `training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -103,6 +103,36 @@ def plan(
 
 
 @app.command()
+def ablate(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[field=value ...]", help="Replace values of the study file.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the arms and their runs.")] = False,
+) -> None:
+    """Compare ways of training at equal cost; the same command goes on with a study that was stopped."""
+    from hybrid_opt.config import load_study
+    from hybrid_opt.studies.arms import StudyPlan
+    from hybrid_opt.studies.study_table import arms_table, count_line
+
+    plan = StudyPlan(load_study(study, overrides or ()), study)
+    from rich.console import Console
+
+    console = Console()
+    if dry_run:
+        console.print(arms_table(plan))
+        console.print(count_line(plan), highlight=False, soft_wrap=True)
+        return
+    _quiet()
+    from hybrid_opt.studies.ablate import ablate_plan
+
+    if not ablate_plan(plan, console, overwrite=overwrite):
+        console.print(f"{plan.study.output}: interrupted; the same command goes on", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def bench(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Alias, folder or hub id.", show_default=False)],
     members: Annotated[list[int], typer.Option(help="Population size; repeatable.")] = (32,),
@@ -170,12 +200,13 @@ def bench(
 
 @app.command()
 def schema(
-    kind: Annotated[Literal["run", "schedule"], typer.Argument(help="Which file's schema.")] = "run",
+    kind: Annotated[Literal["run", "schedule", "study"], typer.Argument(help="Which file's schema.")] = "run",
 ) -> None:
-    """Print the JSON schema of run files or schedule files, for editors that complete YAML with it."""
-    from hybrid_opt.config import RunFile, ScheduleFile
+    """Print the JSON schema of run files, schedule files or study files, for editors that complete YAML with it."""
+    from hybrid_opt.config import RunFile, ScheduleFile, StudyFile
 
-    typer.echo(json.dumps((RunFile if kind == "run" else ScheduleFile).model_json_schema(), indent=2))
+    model = {"run": RunFile, "schedule": ScheduleFile, "study": StudyFile}[kind]
+    typer.echo(json.dumps(model.model_json_schema(), indent=2))
 
 
 def _load(run: Path, overrides: list[str] | None, schedule: str | None):

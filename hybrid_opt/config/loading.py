@@ -15,6 +15,7 @@ import yaml
 from hybrid_opt.config.explaining import Source, validate
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.study import StudyFile
 from hybrid_opt.errors import UserError, did_you_mean
 
 # ---------------------------------------------------------------- YAML
@@ -180,6 +181,22 @@ def load_changed(
         return f"{file} or {said_in}" if changed else file, loc
 
     return validate(RunFile, document, source), source
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyFile:
+    """A study file with overrides (`budgets=[{seconds: 60}]`) applied.
+
+    Raises:
+        UserError: naming the file and the key, or the argument, that is wrong.
+    """
+    document, changes = read_yaml(Path(path)), [parse_override(text) for text in overrides]
+    for keys, value in changes:
+        _override(document, keys, value)
+
+    def source(loc: list[str]) -> tuple[str, list[str]]:
+        return "command line" if any(loc[: len(keys)] == keys for keys, _ in changes) else str(path), loc
+
+    return validate(StudyFile, document, source)
 
 
 def parse_override(text: str) -> Change:

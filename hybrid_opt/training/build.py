@@ -3,7 +3,7 @@
 One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -156,13 +156,20 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         free.add("training.steps")
     for name in run.schedule.estimators:  # what the message about a diverging run advises to change
         free |= {f"schedule.estimators.{name}.{field}" for field in ("learning_rate", "gradient_clipping")}
-    before, after = dict(_flat(saved)), dict(_flat(now))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in free:
+    for key, before, after in differences(saved, now):
+        if key not in free:
             raise UserError(
-                f"output: {run.output}: cannot resume, because {key} was {before.get(key)!r} and is now {after.get(key)!r}; "
+                f"output: {run.output}: cannot resume, because {key} was {before!r} and is now {after!r}; "
                 "change it back, or start anew with --overwrite"
             )
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two configurations differ, with both values (None: absent)."""
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
 
 
 def _flat(tree: dict[str, Any], way: str = ""):

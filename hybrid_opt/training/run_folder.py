@@ -46,6 +46,11 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver(*YAML_12_FLOAT)
 
 
+def dump_yaml(document: dict[str, Any]) -> str:
+    """A configuration as YAML that our loader reads back as it is."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
 class RunFolder:
     """Paths and writers of a run folder."""
 
@@ -100,9 +105,7 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""
-        (self.path / "run.yaml").write_text(
-            yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        (self.path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
 
     def write_machine(self, machine: dict[str, Any]) -> None:
         """What `describe_machine` found, as JSON."""
