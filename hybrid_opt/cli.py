@@ -120,7 +120,7 @@ def ablate(
     plan = StudyPlan(load_study(study, overrides or ()), study)
     from rich.console import Console
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
     if dry_run:
         console.print(arms_table(plan))
         console.print(count_line(plan), highlight=False, soft_wrap=True)

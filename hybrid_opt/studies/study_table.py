@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Column, Table
 
 from hybrid_opt.studies.arms import StudyPlan, compact
@@ -35,33 +36,38 @@ def count_line(plan: StudyPlan) -> str:
 
 def result_tables(summaries: Sequence[dict[str, Any]], metric: str | None, reference: str | None) -> Iterator[Table]:
     """For each task and budget: a row an arm, with the mean over seeds and half of its 95 % interval."""
+    measures = {
+        "loss": "loss",
+        **({"loss_difference": "difference"} if reference else {}),
+        **({"metric": metric} if metric else {}),
+    }
     for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in summaries):
-        table = Table(title=f"{task}, {budget}", title_justify="left")
+        caption = f"difference: of the loss to {reference}'s on the same seeds" if reference else None
+        table = Table(
+            title=f"{task}, {budget}",
+            caption=caption,
+            title_justify="left",
+            caption_justify="left",
+            box=box.SIMPLE_HEAD,
+        )
         table.add_column("arm", overflow="fold")
-        measures = ["loss", *([metric] if metric else [])]
-        against = [f"{name} - {reference}'s" for name in measures] if reference else []
-        for name in ("seeds", *measures, *against, "steps", "seconds", "forwards", "backwards", "GB"):
-            table.add_column(name, justify="right")
+        for name in ("seeds", *measures.values(), "steps", "seconds", "forwards", "backwards", "GB"):
+            table.add_column(name, justify="right", overflow="fold")
         for row in summaries:
             if (row["task"], row["budget"]) == (task, budget):
-                table.add_row(*_cells(row, metric, reference))
+                table.add_row(*_cells(row, measures))
         yield table
 
 
-def _cells(row: dict[str, Any], metric: str | None, reference: str | None) -> Iterator[str]:
-    columns = ["loss", *(["metric"] if metric else [])]
+def _cells(row: dict[str, Any], measures: Sequence[str]) -> Iterator[str]:
     yield row["arm"]
     yield f"{row['seeds']}" + (f" ({row['failed']} failed)" if row["failed"] else "")
-    yield from (_with_half(row, name, "") for name in columns)
-    if reference:
-        yield from (_with_half(row, f"{name}_difference", "+") for name in columns)
+    for name in measures:
+        mean, high = row[name], row[f"{name}_high"]
+        sign = "+" if name.endswith("difference") else ""
+        yield _number(mean, f"{sign}.3f") + ("" if high is None else f" ± {high - mean:.3f}")
     yield from (_number(row[name], ",.0f") for name in ("steps", "seconds", "forwards", "backwards"))
     yield _number(row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e9, ".2f")
-
-
-def _with_half(row: dict[str, Any], name: str, sign: str) -> str:
-    mean, high = row[name], row[f"{name}_high"]
-    return _number(mean, f"{sign}.4f") + ("" if high is None else f" ± {high - mean:.4f}")
 
 
 def _number(value: float | None, form: str) -> str:
