@@ -85,7 +85,7 @@ class StudyFile(Strict):
     base: Text
     """The run file that everything else changes. File names are looked up from here, then beside the study file."""
     changes: Changes = {}
-    """Changes for all runs."""
+    """Changes for all runs, made after those of the tasks."""
     tasks: dict[str, Changes] = {}
     """Changes that make the base run into each of several tasks; arms are compared within a task."""
     axes: dict[str, list[Any] | dict[str, Any]] = {}

@@ -112,7 +112,7 @@ class StudyPlan:
         ]
 
     def _cell(self, task: str, budget: StudyBudget, arm: Arm) -> Cell:
-        common = (*parted(self.study.changes), *parted(self.study.tasks.get(task, {})), *_limits(budget))
+        common = (*parted(self.study.tasks.get(task, {})), *parted(self.study.changes), *_limits(budget))
         own = arm.changes
         if arm.baseline:
             own += parted(self._baseline(arm.baseline, task, common))
