@@ -158,7 +158,7 @@ def load_changed(
     last = max((i for i, (keys, _) in enumerate(changes) if keys == ["schedule"]), default=-1)
     chosen = changes[last][1] if last >= 0 else document.get("schedule")
     changes = [c for i, c in enumerate(changes) if c[0] != ["schedule"] and (i > last or c[0][0] != "schedule")]
-    schedule_path = None
+    written_in_change, schedule_path = last >= 0 and isinstance(chosen, dict), None
     if isinstance(chosen, str):
         try:
             schedule_path = find_schedule(chosen, *folders)
@@ -173,7 +173,7 @@ def load_changed(
 
     def source(loc: list[str]) -> tuple[str, list[str]]:
         whole = loc
-        if any(loc[: len(keys)] == keys for keys, _ in changes):
+        if any(loc[: len(keys)] == keys for keys, _ in changes) or (loc[:1] == ["schedule"] and written_in_change):
             return said_in, loc
         file, loc = (str(schedule_path), loc[1:]) if schedule_path and loc[:1] == ["schedule"] else (str(path), loc)
         # What is wrong with a whole section may come from either.

@@ -4,6 +4,7 @@ One idea: an arm is a name and changes of the base run, whoever made them: an ax
 Next: `../studies/arms.py`, which makes the runs.
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
@@ -132,8 +133,6 @@ class StudyFile(Strict):
         for key, levels in axes.items():
             if not levels:
                 raise ValueError(f"{key} has no values")
-            if key == "training.seed":
-                raise ValueError("training.seed is not an axis; write the seeds in seeds: [0, 1, 2]")
             if is_field(key):
                 continue
             if not isinstance(levels, dict) or not all(isinstance(changes, dict) for changes in levels.values()):
@@ -145,14 +144,23 @@ class StudyFile(Strict):
 
     @model_validator(mode="after")
     def _changes_are_of_runs(self):
-        every = [self.changes, *self.tasks.values(), *self.arms.values(), *self.fit]
-        every += [c for key, levels in self.axes.items() if not is_field(key) for c in levels.values()]
-        for key in (key for changes in every for key in changes):
+        for where, key in self._changed_fields():
             if key.split(".")[0] not in RunFile.model_fields:
-                raise ValueError(f"{key!r} is not a field of a run file, such as training.batch_size")
+                raise ValueError(f"{where}: {key!r} is not a field of a run file, such as training.batch_size")
             if key in SETTLED:
-                raise ValueError(f"{key} is settled by the study; write {SETTLED[key]}")
+                raise ValueError(f"{where}: {key} is settled by the study; write {SETTLED[key]}")
         return self
+
+    def _changed_fields(self) -> Iterator[tuple[str, str]]:
+        """Where in the study a field of runs is changed, and the field."""
+        named = {"changes": self.changes, **{f"fit.{i}": changes for i, changes in enumerate(self.fit)}}
+        named |= {f"tasks.{label}": changes for label, changes in self.tasks.items()}
+        named |= {f"arms.{label}": changes for label, changes in self.arms.items()}
+        for key, levels in self.axes.items():
+            named |= (
+                {f"axes.{key}": {key: levels}} if is_field(key) else {f"axes.{key}.{n}": c for n, c in levels.items()}
+            )
+        return ((where, key) for where, changes in named.items() for key in changes)
 
     @model_validator(mode="after")
     def _memory_can_be_fitted(self):

@@ -65,8 +65,8 @@ class StudyPlan:
         self.base = _find_base(study.base, path)
         self.arms = arms_of(study)
         self.tasks = list(study.tasks) or [self.base.stem]
-        _refuse_namesakes([arm.name for arm in self.arms], "arms")
-        _refuse_namesakes(self.tasks, "tasks")
+        self._refuse_namesakes([arm.name for arm in self.arms], "arms")
+        self._refuse_namesakes(self.tasks, "tasks")
         if study.reference not in (None, *(arm.name for arm in self.arms)):
             names = [arm.name for arm in self.arms]
             raise UserError(
@@ -128,6 +128,15 @@ class StudyPlan:
     def _load(self, changes: Sequence[Change], who: str) -> RunFile:
         return load_changed(self.base, changes, said_in=f"{self.path}: {who}", beside=[self.path.parent])[0]
 
+    def _refuse_namesakes(self, names: Sequence[str], key: str) -> None:
+        folders: dict[str, str] = {}
+        for name in names:
+            if slug(name) in folders:
+                raise UserError(
+                    f"{self.path}: {key}: {folders[slug(name)]!r} and {name!r} are alike as names of folders; give one of the {key} another label"
+                )
+            folders[slug(name)] = name
+
 
 def arms_of(study: StudyFile) -> list[Arm]:
     """The study's arms: every combination of the axes' levels, the author's own, and the baselines; the base run if there is nothing."""
@@ -183,13 +192,3 @@ def _find_base(name: str, path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise UserError(f"{path}: base: {name}: no such file, from here or beside the study file")
-
-
-def _refuse_namesakes(names: Sequence[str], key: str) -> None:
-    folders: dict[str, str] = {}
-    for name in names:
-        if slug(name) in folders:
-            raise UserError(
-                f"{key}: {folders[slug(name)]!r} and {name!r} are alike as names of folders; give one of the {key} another label"
-            )
-        folders[slug(name)] = name

@@ -74,9 +74,10 @@ def order_swapped(run: RunFile) -> Changes:
 
 def stale_gradient(run: RunFile) -> Changes:
     """Where ES would act, the latest gradient once more, by Adam with backprop's learning rate, without a forward pass."""
-    document, gradient = _document(run.schedule), _backprop(run)
+    document = _document(run.schedule)
     acting = [run.schedule.estimators[name] for name in acting_names(run.schedule.schedule)]
-    if not gradient or not any(isinstance(e, EvolutionStrategy) for e in acting):
+    gradient = next((e for e in acting if isinstance(e, Backprop)), None)
+    if gradient is None or not any(isinstance(e, EvolutionStrategy) for e in acting):
         raise UserError("baselines: stale_gradient needs a schedule of es and backprop; drop it from baselines")
     for name, estimator in run.schedule.estimators.items():
         if isinstance(estimator, EvolutionStrategy):
