@@ -115,7 +115,7 @@ def ablate(
     """Compare ways of training at equal cost; the same command goes on with a study that was stopped."""
     from hybrid_opt.config import load_study
     from hybrid_opt.studies.arms import StudyPlan
-    from hybrid_opt.studies.study_table import arms_table, count_line
+    from hybrid_opt.studies.study_table import arms_table, count_line, result_tables
 
     plan = StudyPlan(load_study(study, overrides or ()), study)
     from rich.console import Console
@@ -126,10 +126,25 @@ def ablate(
         console.print(count_line(plan), highlight=False, soft_wrap=True)
         return
     _quiet()
-    from hybrid_opt.studies.ablate import ablate_plan
+    from hybrid_opt.studies.ablate import Ablation
+    from hybrid_opt.studies.bench_table import StatusLine
+    from hybrid_opt.studies.search import check_search
 
-    if not ablate_plan(plan, console, overwrite=overwrite):
-        console.print(f"{plan.study.output}: interrupted; the same command goes on", highlight=False, soft_wrap=True)
+    check_search(plan.study.learning_rates)
+    with StatusLine() as line:
+
+        def say(text: str) -> None:
+            line.show("")
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        ablation = Ablation(plan, say=say, show=line.show, overwrite=overwrite)
+        complete = ablation.run()
+    for table in result_tables(ablation.summaries, ablation.metric, plan.study.reference):
+        console.print(table)
+    for error, names in ablation.errors().items():
+        say(f"failed: {'; '.join(names)}: {error}")
+    output = Path(plan.study.output)
+    say(f"results: {output / 'results.csv'}" if complete else f"{output}: interrupted; the same command goes on")
 
 
 @app.command()

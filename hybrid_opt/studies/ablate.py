@@ -8,23 +8,20 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.studies.arms import Cell, StudyPlan
-from hybrid_opt.studies.bench_table import StatusLine
 from hybrid_opt.studies.jobs import WAITING, Outcome, Stop, standing, train
 from hybrid_opt.studies.results import SUMMARY_COLUMNS, result_row, summarise, write_csv, write_results
-from hybrid_opt.studies.search import check_search, search_factor
+from hybrid_opt.studies.search import search_factor
 from hybrid_opt.studies.study_folder import StudyFolder
-from hybrid_opt.studies.study_table import result_tables
 from hybrid_opt.training.interrupt import stop_requests
 
 LONGEST_TRIAL = 50
@@ -50,7 +47,6 @@ class Ablation:
 
     Args:
         plan: cells and runs.
-        threads: threads of each run.
         say: is given lines about what happened.
         show: is given a line about what is happening.
         overwrite: begin anew.
@@ -63,23 +59,24 @@ class Ablation:
         self,
         plan: StudyPlan,
         *,
-        threads: int,
         say: Callable[[str], None],
         show: Callable[[str], None] = lambda text: None,
         overwrite: bool = False,
     ):
-        self.plan, self.study, self.threads, self.say, self.show = plan, plan.study, threads, say, show
+        self.plan, self.study, self.say, self.show = plan, plan.study, say, show
+        self.threads = self.study.threads or max(1, available_cores() // self.study.processes)
         self.folder = StudyFolder(self.study.output)
         self.lock = self.folder.take(overwrite=overwrite)
         self.chosen = {cell.place: Chosen(cell) for cell in plan.cells}
         self.outcomes = {(cell.place, seed): WAITING for seed in self.study.seeds for cell in plan.cells}
-        self.metric = self.study.metric
+        self.metric, self.summaries = self.study.metric, []
         self.changing = threading.Lock()
         self.running: list[str] = []
 
     def run(self) -> bool:
         """Whether every run was made (if not, it was interrupted)."""
-        self._record()
+        if not (self.folder.path / "results.csv").exists():  # those of an earlier process are still right
+            self._record()
         with stop_requests(self.say) as requested:
             self.stop = Stop(requested)
             stages = (
@@ -179,9 +176,21 @@ class Ablation:
             self.say(f"{name}: {_told(outcome)}")
         return outcome
 
-    def _shown(self, name: str):
-        """While the context is open, the name is among those that are shown."""
-        return _Shown(self, name)
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        """Inside, the name is among those that are shown."""
+        self._show(self.running.append, name)
+        try:
+            yield
+        finally:
+            self._show(self.running.remove, name)
+
+    def _show(self, change: Callable[[str], None], name: str) -> None:
+        with self.changing:
+            change(name)
+            done = sum(outcome.status == "finished" for outcome in self.outcomes.values())
+            running = "; ".join(self.running)
+            self.show(f"{done} of {len(self.outcomes)} runs; now: {running}" if running else "")
 
     def _folder(self, place: Path, seed: int) -> Path:
         return self.folder.runs / place / f"seed-{seed}"
@@ -242,48 +251,6 @@ class Ablation:
         }
 
 
-def ablate_plan(plan: StudyPlan, console: Console, *, overwrite: bool = False) -> bool:
-    """Run a study and show what happens and what comes out; False if it was interrupted.
-
-    Raises:
-        UserError: see `Ablation`.
-    """
-    check_search(plan.study.learning_rates)
-    threads = plan.study.threads or max(1, len(os.sched_getaffinity(0)) // plan.study.processes)
-    with StatusLine() as line:
-
-        def say(text: str) -> None:
-            line.show("")
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-        study = Ablation(plan, threads=threads, say=say, show=line.show, overwrite=overwrite)
-        complete = study.run()
-    for table in result_tables(study.summaries, study.metric, plan.study.reference):
-        console.print(table)
-    for error, names in study.errors().items():
-        console.print(f"failed: {'; '.join(names)}: {error}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results: {study.folder.path / 'results.csv'}", highlight=False, soft_wrap=True)
-    return complete
-
-
-class _Shown:
-    def __init__(self, ablation: Ablation, name: str):
-        self.ablation, self.name = ablation, name
-
-    def __enter__(self) -> None:
-        self._change(self.ablation.running.append)
-
-    def __exit__(self, *failure: object) -> None:
-        self._change(self.ablation.running.remove)
-
-    def _change(self, change: Callable[[str], None]) -> None:
-        with self.ablation.changing:
-            change(self.name)
-            done = sum(outcome.status == "finished" for outcome in self.ablation.outcomes.values())
-            running = "; ".join(self.ablation.running)
-            self.ablation.show(f"{done} of {len(self.ablation.outcomes)} runs; now: {running}" if running else "")
-
-
 def _steps_until_all_act(run: RunFile) -> int:
     """Steps until every estimator of the schedule has acted, and one more; no more than LONGEST_TRIAL."""
     schedule, missing = build_schedule(run.schedule.schedule), set(acting_names(run.schedule.schedule))
@@ -292,6 +259,11 @@ def _steps_until_all_act(run: RunFile) -> int:
         if not missing:
             return step + 2
     return LONGEST_TRIAL
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _seed(search: Any, seeds: tuple[int, ...]) -> int:

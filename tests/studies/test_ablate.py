@@ -33,14 +33,21 @@ PATTERN = "schedule.schedule.pattern"
 def write_study(folder, **study):
     base = run_document(folder / "out", schedule=ALTERNATE, **LM)
     (folder / "base.yaml").write_text(yaml.safe_dump(base, sort_keys=False))
-    document = {"base": "base.yaml", "budgets": [{"steps": 2}], "seeds": [0], "output": str(folder / "study"), **study}
+    document = {
+        "base": "base.yaml",
+        "budgets": [{"steps": 2}],
+        "seeds": [0],
+        "threads": 1,
+        "output": str(folder / "study"),
+        **study,
+    }
     (folder / "study.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
     return folder / "study.yaml"
 
 
 def run_study(path, **options):
     said = []
-    study = Ablation(StudyPlan(load_study(path), path), threads=1, say=said.append, **options)
+    study = Ablation(StudyPlan(load_study(path), path), say=said.append, **options)
     complete = study.run()
     study.folder._file.close()
     return complete, said
