@@ -1,0 +1,98 @@
+"""A report as one tall picture: the main tables, then the panels. Next: nothing; this is the end.
+
+One idea: every part is drawn as a picture of its own and they are stacked, so that no part can squeeze another.
+"""
+
+import math
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.lines import Line2D
+
+from hybrid_opt.reports.colours import LIGHT
+from hybrid_opt.reports.content import Group, Key, Report, Section, Table
+from hybrid_opt.reports.drawing import STYLE, WIDTH, draw, height_of
+
+COLUMNS, DPI = 3, 110
+PAGE = COLUMNS * WIDTH
+
+
+def write_picture(report: Report, path: Path) -> None:
+    """Write the PNG file; sections of details are left out."""
+    with matplotlib.rc_context(STYLE):
+        parts = [_heading(report.title, 18)]
+        for section in report.sections:
+            if not section.detail:
+                parts += _section(section)
+        imsave(path, np.concatenate([_pixels(part) for part in parts]))
+
+
+def _section(section: Section) -> list[Figure]:
+    tables = section.tables if section.name != "what_was_run" else ()
+    parts = [_table(table) for table in tables] + [_group(group) for group in section.groups]
+    return [_heading(section.title, 13), *parts] if parts else []
+
+
+def _heading(text: str, size: int) -> Figure:
+    figure = Figure(figsize=(PAGE, 0.035 * size))
+    figure.text(0.008, 0.25, _plain(text), fontsize=size, fontweight="bold", color=LIGHT["ink"])
+    return figure
+
+
+def _group(group: Group) -> Figure:
+    columns = min(COLUMNS, len(group.panels))
+    rows, lines = math.ceil(len(group.panels) / columns), math.ceil(len(group.legend) / 4)
+    tall = 0.3 + max(map(height_of, group.panels))
+    size = (WIDTH * columns, rows * tall + 0.22 * lines + 0.2 + 0.3 * bool(group.title))
+    figure = Figure(figsize=size, layout="constrained")
+    for ax, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, group.panels, strict=False):
+        draw(ax, panel, LIGHT)
+        ax.set_title(_plain(panel.title), loc="left", fontsize=10, fontweight="bold", color=LIGHT["ink"])
+        ax.set_ylabel(getattr(panel, "y_label", ""), color=LIGHT["muted"])
+    for ax in figure.axes[len(group.panels) :]:
+        ax.remove()
+    if group.title:
+        figure.suptitle(_plain(group.title), x=0.01, ha="left", fontsize=11, color=LIGHT["ink"])
+    if group.legend:
+        figure.legend(handles=[_handle(key) for key in group.legend], loc="outside lower left", ncols=4, frameon=False)
+    return figure
+
+
+def _handle(key: Key) -> Line2D:
+    label = _plain(f"{key.number}. {key.label}" if key.number else key.label)
+    return Line2D((), (), color=LIGHT[key.colour], linestyle=key.dash, marker=key.marker or None, label=label)
+
+
+def _table(table: Table) -> Figure:
+    rows = [[column.title for column in table.columns], *table.texts()]
+    widths = [max(4, *(len(row[i]) for row in rows)) for i in range(len(table.columns))]
+    # A monospaced digit is .602 of the font size wide.
+    size = min(10.0, 72 * (PAGE - 0.3) / (0.602 * (sum(widths) + 3 * len(widths))))
+    lines = [_plain(table.caption), *(_line(row, widths, table) for row in rows)]
+    figure = Figure(figsize=(PAGE, 0.3 + len(lines) * size * 1.5 / 72))
+    text = {"family": "DejaVu Sans Mono", "fontsize": size, "linespacing": 1.45, "va": "top", "color": LIGHT["ink"]}
+    figure.text(0.012, 0.96, "\n".join(lines), **text)
+    return figure
+
+
+def _line(row: list[str], widths: list[int], table: Table) -> str:
+    cells = zip(row, widths, table.columns, strict=True)
+    return _plain("   ".join(cell.rjust(w) if column.numeric else cell.ljust(w) for cell, w, column in cells))
+
+
+def _plain(text: str) -> str:
+    """Dollar signs would begin mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """Rows of pixels, as wide as the page."""
+    figure.set_dpi(DPI)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[:, : round(PAGE * DPI)]
+    return np.pad(pixels, ((0, 0), (0, round(PAGE * DPI) - pixels.shape[1]), (0, 0)), constant_values=255)

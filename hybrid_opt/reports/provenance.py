@@ -1,0 +1,43 @@
+"""The section on what was run, by which versions, on which machine. Next: `html.py`.
+
+One idea: with this section alone somebody else can run the same again.
+"""
+
+from typing import Any
+
+from hybrid_opt.reports.content import Column, Section, Table
+from hybrid_opt.reports.wording import size, text_of
+
+MACHINE = {
+    "device": "device",
+    "processor": "processor",
+    "cores": "cores",
+    "memory_bytes": "memory",
+    "ranks": "ranks",
+    "platform": "platform",
+    "started": "started",
+    "hybrid_opt": "hybrid_opt",
+    "python": "Python",
+}
+NO_MACHINE = "Versions and machine were not recorded."
+
+
+def provenance(machines: list[dict[str, Any]], config_text: str, file: str) -> Section:
+    """The section, for the machines of one run or of several."""
+    rows = tuple(row for machine in machines for row in _rows(machine))
+    rows = tuple({(row["what"], row["value"]): row for row in rows}.values())
+    columns = (Column("what", "what", numeric=False), Column("value", "value", numeric=False))
+    texts = [] if rows else [NO_MACHINE]
+    texts.append(
+        f"The resolved configuration, {file}:" if config_text else f"There is no {file}, so no configuration to show."
+    )
+    tables = (Table("machine", "Machine and versions", columns, rows),) if rows else ()
+    return Section("what_was_run", "What was run", tuple(texts), tables, code=config_text)
+
+
+def _rows(machine: dict[str, Any]):
+    for key, what in MACHINE.items():
+        if machine.get(key) is not None:
+            yield {"what": what, "value": size(machine[key]) if key == "memory_bytes" else text_of(machine[key])}
+    for package, version in (machine.get("packages") or {}).items():
+        yield {"what": package, "value": text_of(version)}
