@@ -80,7 +80,8 @@ def _runs(study: Study, task: str, budget: str, arm: str) -> str:
     """Finished runs, and how many have another status."""
     statuses = [run.status for run in study.runs_of(task, budget, arm)]
     others = [f"{statuses.count(other)} {other}" for other in ("failed", "interrupted", "waiting") if other in statuses]
-    return ", ".join([str(statuses.count("finished")), *others])
+    finished = str(statuses.count("finished"))
+    return f"{finished} ({', '.join(others)})" if others else finished
 
 
 def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]]):

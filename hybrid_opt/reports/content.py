@@ -74,6 +74,8 @@ class Plot:
     categories: tuple[str, ...] = ()
     log: bool = False
     """The axis of values (the horizontal one with categories) is logarithmic."""
+    from_zero: bool = False
+    """The vertical axis begins at zero."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     groups: tuple[Group, ...] = ()
     code: str = ""
+    code_title: str = ""
     detail: bool = False
     """Left out where there is room for the main things only, as in a picture."""
 

@@ -3,14 +3,15 @@
 One idea: colours are named by role and looked up in the palette given, so that a picture and a page are drawn by the same lines.
 """
 
+import math
 from collections.abc import Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from hybrid_opt.reports.content import Key, Plot, Series, Timeline
-from hybrid_opt.reports.placing import places
+from hybrid_opt.reports.placing import AFTER, AROUND, DISTANCES, places
 from hybrid_opt.reports.wording import short
 
 Palette = Mapping[str, str]
@@ -69,8 +70,8 @@ def _draw_timeline(ax: Axes, panel: Timeline, palette: Palette) -> None:
     for row, lane in enumerate(panel.lanes):
         edges = [edge for edge in lane.edges for _ in (0, 1)][1:-1]
         heights = [-row + 0.8 * weight for weight in lane.weights for _ in (0, 1)]
+        ax.fill_between((edges[0], edges[-1]), -row, 0.8 - row, color=palette["grid"], alpha=0.5, linewidth=0)
         ax.fill_between(edges, -row, heights, color=palette[lane.key.colour], linewidth=0)
-        ax.axhline(-row, color=palette["grid"], linewidth=0.6, zorder=0)
     ax.set_yticks([0.35 - row for row in range(len(panel.lanes))], [lane.label for lane in panel.lanes])
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
@@ -95,6 +96,7 @@ def _draw_plot(ax: Axes, panel: Plot, palette: Palette) -> None:
         ax.set_title(panel.y_label, loc="left", fontsize=10, color=palette["muted"], pad=5)
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.xaxis.set_major_formatter(FuncFormatter(short))
+        _limit_bands(ax, panel)
     if panel.log:
         _make_logarithmic(ax, values)
     else:
@@ -103,13 +105,26 @@ def _draw_plot(ax: Axes, panel: Plot, palette: Palette) -> None:
     _write_numbers(ax, panel, palette)
 
 
+def _limit_bands(ax: Axes, panel: Plot) -> None:
+    """Two seeds can have an interval a hundred times as wide as all lines; they decide the limits, bands get half as much beyond."""
+    values = [value for series in panel.series for value in series.y]
+    if not values:
+        return
+    least, most = min(values), max(values)
+    room = 0.5 * (most - least) or 0.05 * abs(most) or 1.0
+    ends = [value for series in panel.series for side in (series.low, series.high) for value in side or ()]
+    low = max(min([least, *ends]), least - room) - 0.1 * room
+    high = min(max([most, *ends]), most + room) + 0.1 * room
+    ax.set_ylim(0 if panel.from_zero else max(low, 0.8 * least) if panel.log else low, high)
+
+
 def _make_logarithmic(ax: Axes, axis) -> None:
     (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("log")
     least, most = axis.get_view_interval()
     steps = (1.0,) if most > 300 * least else (1.0, 2.0, 5.0) if most < 20 * least else (1.0, 3.0)
     axis.set_major_locator(LogLocator(subs=steps, numticks=6))
     axis.set_major_formatter(FuncFormatter(short))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def _list_categories(ax: Axes, categories: tuple[str, ...]) -> None:
@@ -137,7 +152,7 @@ def _faint(ax: Axes, series: Series, palette: Palette) -> None:
 
 def _points(ax: Axes, series: Series, palette: Palette) -> None:
     colour = palette[series.key.colour]
-    ax.plot(series.x, series.y, color=colour, linestyle="none", marker=series.key.marker, alpha=0.5, markeredgewidth=0)
+    ax.plot(series.x, series.y, color=colour, linestyle="none", marker=series.key.marker, alpha=0.6, markeredgewidth=0)
 
 
 def _front(ax: Axes, series: Series, palette: Palette) -> None:
@@ -163,10 +178,13 @@ def _write_numbers(ax: Axes, panel: Plot, palette: Palette) -> None:
         return
     ends = [(series.x[-1], series.y[-1]) for series in numbered]
     width, height = 72 * (WIDTH - 0.9), 72 * (height_of(panel) - 0.8)
-    ax.margins(x=0.09, y=0.1)
-    ax.autoscale_view()
+    ax.margins(x=0.09)
+    ax.autoscale_view(scaley=False)
     inside = (ax.transScale + ax.transLimits).transform(ends)
-    offsets = places([(x * width, y * height) for x, y in inside], width, height)
+    lines = numbered[0].form == "line"
+    offsets = places([(x * width, y * height) for x, y in inside], width, height, AFTER if lines else AROUND)
     for series, end, offset in zip(numbered, ends, offsets, strict=True):
         text = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9, "color": palette["ink"]}
-        ax.annotate(str(series.key.number), end, offset, **text)
+        leader = {"arrowstyle": "-", "color": palette[series.key.colour], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
+        far = math.hypot(*offset) > 1.1 * DISTANCES[0]
+        ax.annotate(str(series.key.number), end, offset, arrowprops=leader if far else None, **text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from hybrid_opt.reports.content import Key, Plot, Series
 from hybrid_opt.reports.keys import actor_keys
+from hybrid_opt.reports.loss_panels import spans_decades
 from hybrid_opt.reports.records import Run
 from hybrid_opt.reports.thinning import bin_size, thinned
 from hybrid_opt.reports.wording import known
@@ -65,9 +66,7 @@ def panels_of_arms(runs: dict[str, Run], keys: dict[str, Key], name: str) -> tup
 
 def _panel(name: str, statistic: str, series: list[Series]) -> Plot:
     title, label = STATISTICS[statistic]
-    values = [value for line in series for value in line.y]
-    log = min(values) > 0 and max(values) > 20 * min(values)
-    return Plot(name, title, "step", label, tuple(series), log=log)
+    return Plot(name, title, "step", label, tuple(series), log=spans_decades(series))
 
 
 def what_is_absent(runs: Iterable[Run]) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ One idea: training losses differ more from batch to batch than a step changes th
 loss on held-out rows strong above them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -57,7 +57,14 @@ def _panel(run: Run, axis: Axis, keys, size: int) -> Plot | None:
     rows = [row for row in rows if all(map(known, row))]
     if rows:
         series.append(Series(EVALUATION, *(tuple(values) for values in zip(*rows, strict=True))))
-    return Plot(f"loss_{axis.name}", f"Loss against {axis.name.replace('_', '-')}", axis.label, "loss", tuple(series))
+    title = f"Loss against {axis.name.replace('_', '-')}"
+    return Plot(f"loss_{axis.name}", title, axis.label, "loss", tuple(series), log=spans_decades(series))
+
+
+def spans_decades(series: Iterable[Series]) -> bool:
+    """Whether values differ so much that a logarithmic axis shows them better."""
+    values = [value for line in series for value in (*line.y, *(line.low or ()))]
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
 def _training(steps, ends, actor: str, key, size: int) -> Series:

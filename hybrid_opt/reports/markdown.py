@@ -35,6 +35,7 @@ def _body(section: Section):
     if section.code:
         # A fence longer than any in the text ends only where we end it.
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", section.code)), default=0))
+        yield f"**{section.code_title}**"
         yield f"{fence}yaml\n{section.code.rstrip()}\n{fence}"
 
 

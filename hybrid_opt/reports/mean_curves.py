@@ -10,7 +10,7 @@ import numpy as np
 
 from hybrid_opt.reports.content import Group, Key, Plot, Series
 from hybrid_opt.reports.keys import arm_keys
-from hybrid_opt.reports.loss_panels import AXES, Axis
+from hybrid_opt.reports.loss_panels import AXES, Axis, spans_decades
 from hybrid_opt.reports.records import Study, StudyRun
 from hybrid_opt.reports.student_t import t_interval
 from hybrid_opt.reports.wording import known
@@ -34,10 +34,15 @@ def curves_group(study: Study, task: str, budget: str, name: str) -> Group:
 def _panel(study: Study, task: str, budget: str, axis: Axis, keys: dict[str, Key], name: str) -> Plot:
     lines = ((key, _curves(study.runs_of(task, budget, arm), axis)) for arm, key in keys.items())
     series = tuple(line for key, curves in lines if (line := mean_curve(key, curves)))
-    losses = [loss for line in series for loss in line.y]
-    log = bool(losses) and min(losses) > 0 and max(losses) > 20 * min(losses)
     title = f"Loss against {axis.name.replace('_', '-')}"
-    return Plot(name, title, axis.label, "evaluation loss", series, log=log)
+    return Plot(
+        name,
+        title,
+        axis.label,
+        "evaluation loss",
+        series,
+        log=spans_decades(Series(line.key, line.x, line.y) for line in series),
+    )
 
 
 def _curves(runs: Sequence[StudyRun], axis: Axis) -> list[Curve]:

@@ -22,7 +22,7 @@ def memory_group(run: Run) -> Group | None:
         return None
     keys, size = actor_keys(step.actor for step in steps), bin_size(len(steps))
     series = tuple(_series(steps, actor, key, size) for actor, key in keys.items())
-    panel = Plot("memory", "Peak memory", "step", "MB", series)
+    panel = Plot("memory", "Peak memory", "step", "MB", series, from_zero=True)
     told = EACH if steps[0].forward_equivalents is not None else SO_FAR
     return Group("", (panel,), tuple(keys.values()), told + thinning_note(size))
 
@@ -38,7 +38,7 @@ def memory_of_arms(runs: dict[str, Run], keys: dict[str, Key], name: str) -> Plo
         _most(keys[arm], [step for step in run.steps if known(step.peak_memory_bytes)]) for arm, run in runs.items()
     )
     series = tuple(line for line in lines if line.x)
-    return Plot(name, "Peak memory", "step", "MB", series) if series else None
+    return Plot(name, "Peak memory", "step", "MB", series, from_zero=True) if series else None
 
 
 def _most(key: Key, steps: Sequence[Step]) -> Series:

@@ -28,16 +28,17 @@ def provenance(machines: list[dict[str, Any]], config_text: str, file: str) -> S
     rows = tuple({(row["what"], row["value"]): row for row in rows}.values())
     columns = (Column("what", "what", numeric=False), Column("value", "value", numeric=False))
     texts = [] if rows else [NO_MACHINE]
-    texts.append(
-        f"The resolved configuration, {file}:" if config_text else f"There is no {file}, so no configuration to show."
-    )
+    if not config_text:
+        texts.append(f"There is no {file}, so no configuration to show.")
     tables = (Table("machine", "Machine and versions", columns, rows),) if rows else ()
-    return Section("what_was_run", "What was run", tuple(texts), tables, code=config_text)
+    return Section(
+        "what_was_run", "What was run", tuple(texts), tables, code=config_text, code_title=f"{file}, resolved"
+    )
 
 
 def _rows(machine: dict[str, Any]):
     for key, what in MACHINE.items():
         if machine.get(key) is not None:
             yield {"what": what, "value": size(machine[key]) if key == "memory_bytes" else text_of(machine[key])}
-    for package, version in (machine.get("packages") or {}).items():
-        yield {"what": package, "value": text_of(version)}
+    if packages := machine.get("packages"):
+        yield {"what": "packages", "value": ", ".join(f"{package} {version}" for package, version in packages.items())}

@@ -58,8 +58,6 @@ def _norms(run: Run) -> Section:
 
 def _statistics(run: Run) -> Section:
     panels, absent = panels_of_run(run), what_is_absent([run])
-    if not any("es" in step.actor for step in run.steps) and not panels:
-        absent = ("No ES step was recorded, so there are no ES statistics.",)
     legend = tuple({series.key: None for panel in panels for series in panel.series})
     caption = MEANING + thinning_note(bin_size(len(run.steps)))
     return Section(

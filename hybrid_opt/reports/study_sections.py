@@ -20,9 +20,9 @@ from hybrid_opt.reports.update_norms import norms_panel
 CURVES = (
     "Evaluation loss, mean over the seeds that finished; the band is the 95 % interval by Student's t, and a single seed has none. "
     "Where seeds were evaluated at different places, each is interpolated linearly onto {grid} common ones within the range that all of "
-    "them have. Numbers are those of the arms in the table."
+    "them have. A band may go on beyond the panel. Numbers are those of the arms in the table."
 )
-PARETO = "Filled: no other arm has both less loss and less cost. The dashed staircase is that front; bars are 95 % intervals."
+PARETO = "Filled: no other arm has both less loss and less cost. The dashed staircase is that front; bars are 95 % intervals, which may go on beyond the panel."
 DETAILS = "One run of each arm, the first seed that finished. Of many steps a point stands for several: their mean, and for memory their most."
 NO_DETAILS = "No run has recorded a step yet."
 NOT_YET = "No finished run yet."

@@ -41,5 +41,8 @@ def _inline(figure: Figure, name: str) -> str:
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href", "href")
     svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true" focusable="false">', svg)
-    svg = re.sub(r"\n\s*", "\n", svg)
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
+    svg = re.sub(r"; font-family: [^;]*|; stroke-linecap: round| transform=\"rotate\(-0 [^)]*\)\"", "", svg)
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), svg)  # never in texts
+    svg = re.sub(r"\s*\n\s*", " ", svg)
     return with_variables(svg)

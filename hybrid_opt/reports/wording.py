@@ -64,15 +64,15 @@ def short(value: float, _position: int = 0) -> str:
     for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power and (power > 1e3 or abs(value) >= 1e4):
             return f"{value / power:g}{letter}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def with_interval(mean: float | None, low: float | None, high: float | None, sign: str = "") -> str:
-    """`0.343 ± 0.033`, with as many decimals as the half width of the interval has two digits; the mean alone without one."""
+    """`0.343 ± 0.033`: the half width of the interval has two digits, and the mean as many decimals; without one, the mean alone."""
     if not known(mean):
         return ""
     if not (known(low) and known(high)):
         return signed(mean) if sign else measure(mean)
     half = (high - low) / 2
-    decimals = 4 if half <= 0 else min(6, max(0, 1 - math.floor(math.log10(half))))
+    decimals = 4 if half <= 0 else min(4, max(0, 1 - math.floor(math.log10(half))))
     return f"{mean:{sign}.{decimals}f} ± {half:.{decimals}f}"
