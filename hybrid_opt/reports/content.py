@@ -45,6 +45,7 @@ class Key:
     """A name of `colours.LIGHT`."""
     marker: str = ""
     dash: str = "-"
+    """Empty where only the number is meant."""
     number: int | None = None
     """Written beside its line or point."""
 

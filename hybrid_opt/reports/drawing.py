@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from hybrid_opt.reports.content import Key, Plot, Series, Timeline
-from hybrid_opt.reports.placing import AFTER, AROUND, DISTANCES, places
+from hybrid_opt.reports.placing import DISTANCES, around_points, beside_ends
 from hybrid_opt.reports.wording import short
 
 Palette = Mapping[str, str]
@@ -113,8 +113,8 @@ def _limit_bands(ax: Axes, panel: Plot) -> None:
     least, most = min(values), max(values)
     room = 0.5 * (most - least) or 0.05 * abs(most) or 1.0
     ends = [value for series in panel.series for side in (series.low, series.high) for value in side or ()]
-    low = max(min([least, *ends]), least - room) - 0.1 * room
-    high = min(max([most, *ends]), most + room) + 0.1 * room
+    low = max(min([least, *ends]), least - room) - 0.2 * room
+    high = min(max([most, *ends]), most + room) + 0.2 * room
     ax.set_ylim(0 if panel.from_zero else max(low, 0.8 * least) if panel.log else low, high)
 
 
@@ -181,10 +181,11 @@ def _write_numbers(ax: Axes, panel: Plot, palette: Palette) -> None:
     ax.margins(x=0.09)
     ax.autoscale_view(scaley=False)
     inside = (ax.transScale + ax.transLimits).transform(ends)
+    inside = [(x * width, y * height) for x, y in inside]
     lines = numbered[0].form == "line"
-    offsets = places([(x * width, y * height) for x, y in inside], width, height, AFTER if lines else AROUND)
+    offsets = beside_ends(inside, height) if lines else around_points(inside, width, height)
     for series, end, offset in zip(numbered, ends, offsets, strict=True):
         text = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9, "color": palette["ink"]}
         leader = {"arrowstyle": "-", "color": palette[series.key.colour], "linewidth": 0.6, "shrinkA": 0, "shrinkB": 2}
-        far = math.hypot(*offset) > 1.1 * DISTANCES[0]
+        far = math.hypot(*offset) > 1.5 * DISTANCES[0] or (lines and offset[1])
         ax.annotate(str(series.key.number), end, offset, arrowprops=leader if far else None, **text)

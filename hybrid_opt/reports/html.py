@@ -3,7 +3,9 @@
 One idea: the page is complete without scripts and without a network; the template escapes whatever a user wrote.
 """
 
+import re
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,14 +25,16 @@ def as_html(report: Report) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["drawn"] = lambda panel: Markup(panel_svg(panel))
-    environment.filters["sample"] = lambda key: Markup(_sample(key))
+    numbers = count()
+    environment.filters["sample"] = lambda key: Markup(_sample(key).replace("sample-", f"sample{next(numbers)}-"))
     environment.filters["described"] = described
     return environment.get_template("template.html").render(report=report, style=Markup(_style()))
 
 
 @lru_cache(maxsize=64)
 def _sample(key: Key) -> str:
-    return key_svg(key)
+    """The same sample stands in many legends, each time with ids of its own."""
+    return re.sub(r'(id="|#)([mp][0-9a-f]{10})\b', r"\1sample-\2", key_svg(key))
 
 
 def _style() -> str:

@@ -9,7 +9,7 @@ from hybrid_opt.reports.content import Report, Section, Table
 
 
 def as_markdown(report: Report, picture: str) -> str:
-    """The texts and tables, and a reference to the picture of the panels.
+    """The texts and tables, and a reference to the picture of the panels; details are left out of both.
 
     Args:
         picture: the picture's file, relative to the Markdown file.
@@ -20,7 +20,7 @@ def as_markdown(report: Report, picture: str) -> str:
     parts += [f"- {_safe(remark)}" for remark in report.remarks]
     if any(section.groups for section in report.sections):
         parts.append(f"![figures](<{picture}>)")
-    for section in rest:
+    for section in (section for section in rest if not section.detail):
         parts += [f"## {section.title}", *_body(section)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

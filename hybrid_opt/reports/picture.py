@@ -17,7 +17,7 @@ from hybrid_opt.reports.colours import LIGHT
 from hybrid_opt.reports.content import Group, Key, Report, Section, Table
 from hybrid_opt.reports.drawing import STYLE, WIDTH, draw, height_of
 
-COLUMNS, DPI = 3, 110
+COLUMNS, DPI = 4, 100
 PAGE = COLUMNS * WIDTH
 
 

@@ -28,4 +28,6 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None, float | No
 def _quantile(freedom: int) -> float:
     z = 1.959964
     # Beyond the table the expansion around the normal quantile is right to four digits.
-    return QUANTILES[freedom - 1] if freedom <= len(QUANTILES) else z + (z**3 + z) / (4 * freedom)
+    if freedom <= len(QUANTILES):
+        return QUANTILES[freedom - 1]
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)

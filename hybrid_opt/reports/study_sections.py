@@ -4,11 +4,12 @@ One idea: arms are compared within a task and a budget, so every part of the rep
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from hybrid_opt.reports.ablation_table import ablation_table
 from hybrid_opt.reports.content import Group, Report, Section
 from hybrid_opt.reports.es_statistics import MEANING, panels_of_arms, what_is_absent
-from hybrid_opt.reports.keys import actor_keys, arm_keys
+from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.mean_curves import GRID, curves_group
 from hybrid_opt.reports.memory_panels import memory_of_arms
 from hybrid_opt.reports.pareto import pareto_group
@@ -95,9 +96,8 @@ def _details_of(study: Study, runs: dict[str, Run], name: str, title: str):
     if not runs:
         return
     keys = {arm: key for arm, key in arm_keys(study.arms, study.reference).items() if arm in runs}
-    actors = actor_keys(name for run in runs.values() for step in run.steps for name in step.weights)
     timeline = timeline_of_arms(runs, study.reference, study.arms, f"timeline_{name}")
-    yield "who_acted", Group(title, (timeline,), (*actors.values(), *keys.values()))
+    yield "who_acted", Group(title, (timeline,), tuple(replace(key, dash="") for key in keys.values()))
     norms = [
         panel
         for arm, run in runs.items()

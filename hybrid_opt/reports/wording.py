@@ -64,7 +64,7 @@ def short(value: float, _position: int = 0) -> str:
     for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= power and (power > 1e3 or abs(value) >= 1e4):
             return f"{value / power:g}{letter}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
 def with_interval(mean: float | None, low: float | None, high: float | None, sign: str = "") -> str:
