@@ -184,7 +184,7 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
         evaluations = [_evaluations(run.schedule.estimators[name], run.training.batch_size) for name in weights]
         forwards = sum(members for members, _ in evaluations)
         tokens = sum(members * examples for members, examples in evaluations) * run.data.max_tokens
-        signals = signals.updated(tokens=tokens, forwards=forwards, backwards=0, seconds=0.0, loss=0.0)
+        signals = signals.updated(tokens=tokens, forwards=forwards, loss=None)
     width = len(str(steps - 1))
     for first, last, who in stretches:
         steps_text = f"step  {first:>{width}}" if first == last else f"steps {first:>{width}} to {last:>{width}}"

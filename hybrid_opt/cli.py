@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | report | schema | bench. Next: `config/loading.py`, then `training/build.py`.
+"""The command line: train | check | plan | ablate | report | schema | bench. Next: `config/loading.py`, then `training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -96,8 +96,40 @@ def plan(
     from hybrid_opt.checking import timeline
 
     config, _ = _load(run, overrides, schedule)
-    for line in timeline(config, steps or config.training.steps):
+    if (steps := steps or config.training.steps) is None:
+        raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    for line in timeline(config, steps):
         Console().print(line, highlight=False)
+
+
+@app.command()
+def ablate(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.", show_default=False)],
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="[field=value ...]", help="Replace values of the study file.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the output folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the arms and their runs.")] = False,
+) -> None:
+    """Compare ways of training at equal cost; the same command goes on with a study that was stopped."""
+    from hybrid_opt.config import load_study
+    from hybrid_opt.studies.arms import StudyPlan
+    from hybrid_opt.studies.study_table import arms_table, count_line
+
+    plan = StudyPlan(load_study(study, overrides or ()), study)
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
+    if dry_run:
+        console.print(arms_table(plan))
+        console.print(count_line(plan), highlight=False, soft_wrap=True)
+        return
+    _quiet()
+    from hybrid_opt.studies.ablate import ablate_plan
+
+    if not ablate_plan(plan, console, overwrite=overwrite):
+        console.print(f"{plan.study.output}: interrupted; the same command goes on", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -189,12 +221,13 @@ def bench(
 
 @app.command()
 def schema(
-    kind: Annotated[Literal["run", "schedule"], typer.Argument(help="Which file's schema.")] = "run",
+    kind: Annotated[Literal["run", "schedule", "study"], typer.Argument(help="Which file's schema.")] = "run",
 ) -> None:
-    """Print the JSON schema of run files or schedule files, for editors that complete YAML with it."""
-    from hybrid_opt.config import RunFile, ScheduleFile
+    """Print the JSON schema of run files, schedule files or study files, for editors that complete YAML with it."""
+    from hybrid_opt.config import RunFile, ScheduleFile, StudyFile
 
-    typer.echo(json.dumps((RunFile if kind == "run" else ScheduleFile).model_json_schema(), indent=2))
+    model = {"run": RunFile, "schedule": ScheduleFile, "study": StudyFile}[kind]
+    typer.echo(json.dumps(model.model_json_schema(), indent=2))
 
 
 def _load(run: Path, overrides: list[str] | None, schedule: str | None):

@@ -1,5 +1,6 @@
 """Memory of the device and of this process."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ except ImportError:  # Windows
     resource = None
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+FORGET_PEAK = Path("/proc/self/clear_refs")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -28,11 +30,30 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory_bytes` begin anew from what is used at present; where the system does not allow that, it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif FORGET_PEAK.exists():
+        with contextlib.suppress(OSError):  # some containers forbid it
+            FORGET_PEAK.write_text("5")  # 5: set VmHWM back to the present size, says proc(5)
+
+
 def present_memory_bytes(device: torch.device) -> int | None:
     """What `peak_memory_bytes` would be if it were reached now; None where the operating system does not tell."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _kilobytes(STATUS, "VmRSS") if STATUS.exists() else None
+
+
+def total_memory_bytes() -> int | None:
+    """Main memory of the machine, or of the process's container if that is less; None where the system does not tell."""
+    if not MEMINFO.exists():
+        return None
+    try:
+        return min(_kilobytes(MEMINFO, "MemTotal"), int((CGROUP / "memory.max").read_text()))
+    except (OSError, ValueError):
+        return _kilobytes(MEMINFO, "MemTotal")
 
 
 def free_memory_bytes(device: torch.device) -> int:

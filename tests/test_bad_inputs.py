@@ -166,7 +166,14 @@ CASES = [
     case("unknown recipe", RUN, run({"schedule": "alternat"}), "schedule: 'alternat'", "'alternate'?"),
     # keys
     case("missing section", RUN, run({"data": ABSENT}), "data: missing"),
-    case("missing key", RUN, run({"training.steps": ABSENT}), "training.steps: missing"),
+    case("missing key", RUN, run({"data.train": ABSENT}), "data.train: missing"),
+    case("no end", RUN, run({"training.steps": ABSENT}), "training: say how long", "budget such as {seconds: 600}"),
+    case(
+        "two budgets", RUN, run({"training.budget": {"seconds": 1, "tokens": 1}}), "training.budget: ", "exactly one of"
+    ),
+    case(
+        "negative budget", RUN, run({"training.budget": {"seconds": -1}}), "training.budget.seconds: ", "greater than 0"
+    ),
     case("unknown key", RUN, run({"traning": {"steps": 2}}), "traning: unknown key", "'training'?"),
     case("unknown key within", RUN, run({"training.stepz": 2}), "training.stepz: unknown key", "'steps'?"),
     check("unknown key, check", RUN, run({"training.stepz": 2}), "training.stepz: unknown key", "'steps'?"),

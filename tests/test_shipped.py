@@ -13,8 +13,9 @@ import yaml
 
 from hybrid_opt import build, load_run, load_schedule
 from hybrid_opt.checking import policy_tables, timeline
-from hybrid_opt.config import recipes
+from hybrid_opt.config import load_study, recipes
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.studies.arms import StudyPlan
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT
 
@@ -67,6 +68,17 @@ def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
         assert after < before, output
 
 
+def test_the_shipped_study_asks_what_the_readme_says():
+    path = ROOT / "examples/studies/es_vs_gradient.yaml"
+    plan = StudyPlan(load_study(path), path)
+    assert [arm.name for arm in plan.arms[:5]] == ["es 0", "es 0.5", "es 0.8", "es 0.9", "es 1"]
+    assert plan.tasks == ["spam", "movies"]
+    assert len(plan.cells) == 8 * 2 * 2
+    for cell in plan.cells:
+        if cell.budget.peak_memory and cell.arm.name.startswith("es"):
+            assert len(list(plan.rungs(cell))) == 1 + len(plan.study.fit)
+
+
 def test_demo_run_file_is_valid_and_plans():
     run = load_run(ROOT / "examples/spam/run.yaml")
     assert len(list(timeline(run, run.training.steps))) > 1
@@ -75,7 +87,13 @@ def test_demo_run_file_is_valid_and_plans():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["check", "examples/spam/run.yaml"], ["plan", "examples/spam/run.yaml"]]
+    "arguments",
+    [
+        ["--help"],
+        ["check", "examples/spam/run.yaml"],
+        ["plan", "examples/spam/run.yaml"],
+        ["ablate", "examples/studies/es_vs_gradient.yaml", "--dry-run"],
+    ],
 )
 def test_torch_is_not_imported_to_answer(arguments):
     code = f"""
@@ -102,7 +120,7 @@ def test_help_answers_fast():
 
 
 def test_schema_command_prints_json_schema():
-    for kind in ("run", "schedule"):
+    for kind in ("run", "schedule", "study"):
         schema = json.loads(python("-m", "hybrid_opt", "schema", kind))
         assert schema["type"] == "object"
         assert schema["additionalProperties"] is False
@@ -132,7 +150,7 @@ def test_ci_and_readme_agree():
 
 
 def test_vendored_data_is_attributed():
-    for folder in ("examples/spam", "tests/data"):
+    for folder in ("examples/spam", "examples/movies", "tests/data"):
         text = (ROOT / folder / "README.md").read_text()
         assert "licence" in text.lower()
     assert yaml.safe_load((ROOT / "examples/spam/run.yaml").read_text())["model"]["name"] == "smollm2-135m"

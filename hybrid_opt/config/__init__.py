@@ -1,11 +1,22 @@
 """Configuration: what run files and schedule files may say. Imports no torch, so `--help` and `check` answer at once.
 
-Reading order: `strict.py`, `estimators.py`, `schedule.py`, `run.py`, `loading.py`, `explaining.py`.
+Reading order: `strict.py`, `estimators.py`, `schedule.py`, `run.py`, `study.py`, `loading.py`, `explaining.py`.
 """
 
 from hybrid_opt.config.explaining import located
-from hybrid_opt.config.loading import load_run, load_run_and_source, load_schedule, recipes
+from hybrid_opt.config.loading import load_run, load_run_and_source, load_schedule, load_study, recipes
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.study import StudyFile
 
-__all__ = ["RunFile", "ScheduleFile", "load_run", "load_run_and_source", "load_schedule", "located", "recipes"]
+__all__ = [
+    "RunFile",
+    "ScheduleFile",
+    "StudyFile",
+    "load_run",
+    "load_run_and_source",
+    "load_schedule",
+    "load_study",
+    "located",
+    "recipes",
+]

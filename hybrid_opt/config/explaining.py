@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from hybrid_opt.config import run as run_models
 from hybrid_opt.config import schedule as schedule_models
+from hybrid_opt.config import study as study_models
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError, did_you_mean
@@ -115,7 +116,7 @@ def _keys_of(kind: Any) -> dict[str, Any]:
 
 
 def _field_names() -> list[str]:
-    modules = (run_models, schedule_models)
+    modules = (run_models, schedule_models, study_models)
     models = [
         m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
     ]

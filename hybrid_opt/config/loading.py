@@ -4,6 +4,7 @@ One idea: files are read into plain dictionaries, put together, overridden, and 
 override is checked exactly as if it stood in the file. Next: `explaining.py`, then `../training/build.py`.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from hybrid_opt.config.explaining import Source, validate
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.study import StudyFile
 from hybrid_opt.errors import UserError, did_you_mean
 
 # ---------------------------------------------------------------- YAML
@@ -79,13 +81,13 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find_schedule(name: str, near: Path = Path()) -> Path:
-    """Path of a schedule file given as a path (from here, or from the folder `near`) or as a shipped recipe's name.
+def find_schedule(name: str, *folders: Path) -> Path:
+    """Path of a schedule file given as a path (from here, or from one of the folders) or as a shipped recipe's name.
 
     Raises:
         UserError: there is neither such a file nor such a recipe.
     """
-    for path in (Path(name), near / name):
+    for path in (Path(name), *(folder / name for folder in folders)):
         if path.is_file():
             return path
     shipped = recipes()
@@ -98,6 +100,9 @@ def find_schedule(name: str, near: Path = Path()) -> Path:
 
 
 # ---------------------------------------------------------------- the two files
+
+Change = tuple[list[str], Any]
+"""Keys on the way to a value, and the value to put there."""
 
 
 def load_schedule(source: str | Path | dict[str, Any] | ScheduleFile) -> ScheduleFile:
@@ -130,37 +135,72 @@ def load_run(path: str | Path, overrides: Sequence[str] = (), schedule: str | No
 
 def load_run_and_source(path: str | Path, overrides: Sequence[str], schedule: str | None) -> tuple[RunFile, Source]:
     """What `load_run` gives, and where each key of it was written, for messages about what is found wrong later."""
+    changes = [parse_override(text) for text in overrides]
+    changes += [(["schedule"], schedule)] if schedule else []
+    changes.sort(key=lambda change: change[0] != ["schedule"])  # in whatever order they are given, the file comes first
+    return load_changed(path, changes)
+
+
+def load_changed(
+    path: str | Path, changes: Sequence[Change], *, said_in: str = "command line", beside: Sequence[Path] = ()
+) -> tuple[RunFile, Source]:
+    """A run file with changes, made one after the other; a whole new schedule undoes earlier changes of the schedule.
+
+    Args:
+        said_in: what to name in messages as the origin of the changes.
+        beside: folders in which to look for files, beside the current one and the run file's.
+
+    Raises:
+        UserError: naming the file and the key, or the change, that is wrong.
+    """
     path = Path(path)
-    document = read_yaml(path)
-    changes = [_parse_override(text) for text in overrides]
-    chosen = schedule or next((v for keys, v in changes if keys == ["schedule"]), document.get("schedule"))
-    changes = [(keys, value) for keys, value in changes if keys != ["schedule"]]
-    schedule_path = None
+    document, folders = read_yaml(path), [*beside, path.parent]
+    last = max((i for i, (keys, _) in enumerate(changes) if keys == ["schedule"]), default=-1)
+    chosen = changes[last][1] if last >= 0 else document.get("schedule")
+    changes = [c for i, c in enumerate(changes) if c[0] != ["schedule"] and (i > last or c[0][0] != "schedule")]
+    written_in_change, schedule_path = last >= 0 and isinstance(chosen, dict), None
     if isinstance(chosen, str):
         try:
-            schedule_path = find_schedule(chosen, path.parent)
+            schedule_path = find_schedule(chosen, *folders)
         except UserError as error:
-            raise UserError(f"{path if chosen == document.get('schedule') else 'command line'}: {error}") from None
+            raise UserError(f"{path if last < 0 else said_in}: {error}") from None
         chosen = read_yaml(schedule_path)
     if chosen is not None:
-        document["schedule"] = chosen
+        document["schedule"] = copy.deepcopy(chosen)
     for keys, value in changes:
-        _override(document, keys, value)
-    _find_files(document, path.parent)
+        _override(document, keys, copy.deepcopy(value), said_in)
+    _find_files(document, folders)
 
     def source(loc: list[str]) -> tuple[str, list[str]]:
         whole = loc
-        if any(loc[: len(keys)] == keys for keys, _ in changes):
-            return "command line", loc
+        if any(loc[: len(keys)] == keys for keys, _ in changes) or (loc[:1] == ["schedule"] and written_in_change):
+            return said_in, loc
         file, loc = (str(schedule_path), loc[1:]) if schedule_path and loc[:1] == ["schedule"] else (str(path), loc)
         # What is wrong with a whole section may come from either.
         changed = any(whole and keys[: len(whole)] == whole for keys, _ in changes)
-        return f"{file} or command line" if changed else file, loc
+        return f"{file} or {said_in}" if changed else file, loc
 
     return validate(RunFile, document, source), source
 
 
-def _parse_override(text: str) -> tuple[list[str], Any]:
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyFile:
+    """A study file with overrides (`budgets=[{seconds: 60}]`) applied.
+
+    Raises:
+        UserError: naming the file and the key, or the argument, that is wrong.
+    """
+    document, changes = read_yaml(Path(path)), [parse_override(text) for text in overrides]
+    for keys, value in changes:
+        _override(document, keys, value)
+
+    def source(loc: list[str]) -> tuple[str, list[str]]:
+        return "command line" if any(loc[: len(keys)] == keys for keys, _ in changes) else str(path), loc
+
+    return validate(StudyFile, document, source)
+
+
+def parse_override(text: str) -> Change:
+    """`section.field=value` in parts."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"command line: {text!r} is not of the form section.field=value, such as training.steps=10")
@@ -170,7 +210,7 @@ def _parse_override(text: str) -> tuple[list[str], Any]:
         raise UserError(f"command line: {text!r}: {_yaml_problem(error)}") from None
 
 
-def _override(document: dict[str, Any], keys: list[str], value: Any) -> None:
+def _override(document: dict[str, Any], keys: list[str], value: Any, said_in: str = "command line") -> None:
     place: Any = document
     for depth, key in enumerate(keys[:-1]):
         if isinstance(place, list) and key.isdigit() and int(key) < len(place):
@@ -180,19 +220,23 @@ def _override(document: dict[str, Any], keys: list[str], value: Any) -> None:
                 place[key] = {}
             place = place[key]
         else:
-            raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[:depth])} has no field {key!r}")
+            raise UserError(f"{said_in}: {'.'.join(keys)}: {'.'.join(keys[:depth])} has no field {key!r}")
     if isinstance(place, list) and keys[-1].isdigit() and int(keys[-1]) < len(place):
         place[int(keys[-1])] = value
     elif isinstance(place, dict):
         place[keys[-1]] = value
     else:
-        raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[:-1])} has no field {keys[-1]!r}")
+        raise UserError(f"{said_in}: {'.'.join(keys)}: {'.'.join(keys[:-1])} has no field {keys[-1]!r}")
 
 
-def _find_files(document: dict[str, Any], folder: Path) -> None:
-    """Names of existing files beside the run file become paths from here."""
-    for section, key in (("data", "train"), ("data", "validation"), ("model", "name"), ("model", "tokenizer")):
+FILES = (("data", "train"), ("data", "validation"), ("model", "name"), ("model", "tokenizer"))
+"""Keys whose values may be names of files."""
+
+
+def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:
+    """Names of existing files in one of the folders become paths from here."""
+    for section, key in FILES:
         values = document.get(section)
         name = values.get(key) if isinstance(values, dict) else None
-        if isinstance(name, str) and not Path(name).exists() and (folder / name).exists():
-            values[key] = str(folder / name)
+        if isinstance(name, str) and not Path(name).exists():
+            values[key] = next((str(folder / name) for folder in folders if (folder / name).exists()), name)

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
 from hybrid_opt.config.schedule import ScheduleFile
-from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveInt, Strict, Text
+from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
 
 class Model(Strict):
@@ -130,11 +130,36 @@ class Function(Strict):
 Objective = Annotated[CausalLm | Choice | Function, Field(discriminator="type")]
 
 
+class Budget(Strict):
+    """What a run may spend in its steps (evaluations, probes and checkpoints are free); it ends with the first step that reaches it."""
+
+    seconds: PositiveFloat | None = None
+    """Time."""
+    tokens: PositiveInt | None = None
+    """Tokens that forward passes process, padding left out."""
+    forward_equivalents: PositiveFloat | None = None
+    """Computing, in forward passes over the whole batch: an ES member counts for the share of the batch that it sees, a
+    backward pass for 2, with gradient checkpointing for 3."""
+
+    @model_validator(mode="after")
+    def _one_currency(self):
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("a budget is exactly one of seconds, tokens and forward_equivalents")
+        return self
+
+    def spent(self, amounts: Any) -> float:
+        """The share of the budget that is spent, given totals by attributes of these names (such as Signals)."""
+        ((name, limit),) = self.model_dump(exclude_none=True).items()
+        return getattr(amounts, name) / limit
+
+
 class Training(Strict):
     """Length of the run and what happens along it."""
 
-    steps: PositiveInt
-    """Steps to take."""
+    steps: PositiveInt | None = None
+    """Steps to take; with a budget, the most."""
+    budget: Budget | None = None
+    """What the run may spend, instead of a number of steps."""
     batch_size: PositiveInt = 8
     """Examples in a step's batch; every estimator that acts sees the same ones."""
     seed: NonNegativeInt = 0
@@ -150,6 +175,14 @@ class Training(Strict):
     not measure."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only when interrupted."""
+    save_model: bool = True
+    """Leave the final model in the run folder."""
+
+    @model_validator(mode="after")
+    def _has_an_end(self):
+        if self.steps is None and self.budget is None:
+            raise ValueError("say how long to train: steps, or a budget such as {seconds: 600}")
+        return self
 
 
 def _path_or_inline(schema: dict[str, Any]) -> None:

@@ -21,6 +21,9 @@ from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
+BACKWARD, CHECKPOINTED_BACKWARD = 2.0, 3.0
+"""Forward passes that take as much computing as a backward pass, and as one that repeats the forward pass on its way."""
+
 
 class BackpropEstimator:
     """`g = d/dw mean(losses)`, dropout on, its randomness derived from the step's key."""
@@ -54,7 +57,10 @@ class BackpropEstimator:
             _checkpointing(engine.model, self.config.gradient_checkpointing),
         ):
             gradient, loss = engine.gradients(self._losses(engine, objective, batch), names)
-        return gradient, Cost(loss=loss, forwards=1, backwards=1, tokens=count_tokens(batch))
+        recomputes = self.config.gradient_checkpointing or _is_checkpointing(engine.model)
+        equivalents = 1.0 + (CHECKPOINTED_BACKWARD if recomputes else BACKWARD)
+        cost = Cost(loss=loss, forwards=1, backwards=1, forward_equivalents=equivalents, tokens=count_tokens(batch))
+        return gradient, cost
 
     def _losses(self, engine: Engine, objective: Objective, batch: Any) -> list[Callable[[], Tensor]]:
         """What this rank computes: for each part of its share of the batch, the part's share of the whole batch's mean."""
@@ -105,14 +111,22 @@ def _seeded(key: Key, rank: int, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
-    # transformers calls it activation checkpointing from 5.23 on and warns of the name that models have had before.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if not wanted or getattr(model, f"is_{name}_checkpointing", False):
+    if not wanted or _is_checkpointing(model):
         yield
         return
+    name = _checkpointing_name(model)
     enable, disable = getattr(model, f"{name}_checkpointing_enable"), getattr(model, f"{name}_checkpointing_disable")
     enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
     try:
         yield
     finally:
         disable()
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    return bool(getattr(model, f"is_{_checkpointing_name(model)}_checkpointing", False))
+
+
+def _checkpointing_name(model: nn.Module) -> str:
+    """transformers calls it activation checkpointing from 5.23 on and warns of the name that models have had before."""
+    return "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -4,8 +4,8 @@ One idea: everything that wants to move the weights is an Estimate that can be r
 Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -38,10 +38,15 @@ class Cost:
     """Forward passes: for ES one a member, over the examples that it sees."""
     backwards: int
     """Backward passes."""
+    forward_equivalents: float
+    """Computing in forward passes over the whole batch: an ES member counts for the share of the batch that it sees, a backward
+    pass for 2, and for 3 where it recomputes activations (gradient checkpointing)."""
     tokens: int = 0
     """Tokens that the forward passes processed, padding left out."""
     loss_spread: float | None = None
     """Standard deviation of the members' losses (ES)."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """How good the estimate may be: `snr`, `gradient_norm` (antithetic ES), `cosine` and `rho2` (where backprop acted too)."""
 
 
 class Estimator(Protocol):

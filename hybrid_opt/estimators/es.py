@@ -81,8 +81,10 @@ class EsEstimator:
             loss=losses.mean().item(),
             forwards=len(members),
             backwards=0,
+            forward_equivalents=len(members) if examples is None else examples.numel() / count_examples(batch),
             tokens=_tokens(batch, examples, len(members)),
             loss_spread=losses.std(correction=0).item(),
+            statistics=pair_statistics(losses, self.config.sigma) if self.config.antithetic else {},
         )
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
 
@@ -147,6 +149,22 @@ class EsEstimator:
                 f"the loss of {bad} of {len(losses)} members is not finite; lower sigma ({self.config.sigma}) or the "
                 "learning rates"
             )
+
+
+def pair_statistics(losses: Tensor, sigma: float) -> dict[str, float]:
+    """What antithetic losses tell of the estimate; losses: (members,), the two of a pair side by side.
+
+    `gradient_norm = sqrt(mean_j ((L+_j - L-_j) / (2 sigma))^2)`, for a linear loss the norm of the gradient, without bias in its
+    square. `snr`, from three pairs on: the variance of the pairs' odd parts `(L+ - L-)/2`, which the estimate is made of, over that
+    of their even parts `(L+ + L-)/2`, in which curvature and, with distinct_examples, the choice of examples show.
+    The correlation of antithetic losses is `(1 - snr) / (1 + snr)`.
+    """
+    pairs = losses.double().view(-1, 2)
+    odd, even = (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(dim=1)
+    statistics = {"gradient_norm": (odd / sigma).square().mean().sqrt().item()}
+    if len(pairs) > 2 and (noise := even.var().item()) > 0:
+        statistics["snr"] = odd.square().mean().item() / noise
+    return statistics
 
 
 def _merge_pairs(estimate: NoiseSum) -> NoiseSum:

@@ -89,14 +89,25 @@ def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]]
         least, most = (int(pick(row["seeds"] for row in known_arms)) for pick in (min, max))
         seeds = f"{least}" if least == most else f"{least} to {most}"
         yield f"Means over {seeds} seeds with 95 % intervals by Student's t; differences are paired by seed."
-    elif rows:
+    elif any(known(row.get("loss")) for row in rows.values()):
         yield "One seed: there are no intervals, and differences may be chance."
     same = [arm for arm in study.arms if _undecided(rows.get(arm, {}))]
     if same:
         yield f"Not told apart from the reference {study.reference} in loss, as the interval includes 0: {', '.join(same)}."
+    yield from dict.fromkeys(_changes(study, task, budget))
     for run in study.runs:
         if (run.task, run.budget, run.status) == (task, budget, "failed"):
             yield f"{run.arm}, seed {run.seed}, failed: {run.error or 'no message was left'}"
+
+
+def _changes(study: Study, task: str, budget: str):
+    """What the study changed in arms on its own: learning rates that it searched for, and what had to fit the memory."""
+    for row in study.results:
+        if (row["task"], row["budget"]) == (task, budget):
+            if row.get("learning_rate_factor") not in (None, 1.0):
+                yield f"{row['arm']}: learning rates were multiplied by {number(row['learning_rate_factor'])}, as the search chose."
+            if row.get("fitted"):
+                yield f"{row['arm']} was made to fit the memory: {row['fitted']}."
 
 
 def _undecided(row: dict[str, Any]) -> bool:

@@ -12,8 +12,8 @@ from hybrid_opt.reports.content import Group, Key, Plot, Series
 from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.loss_panels import AXES, Axis, spans_decades
 from hybrid_opt.reports.records import Study, StudyRun
-from hybrid_opt.reports.student_t import t_interval
 from hybrid_opt.reports.wording import known
+from hybrid_opt.studies.results import interval
 
 GRID = 60
 """Points of the common grid."""
@@ -73,5 +73,5 @@ def mean_curve(key: Key, curves: Sequence[Curve]) -> Series | None:
     same = all(x == curves[0][0] for x, _ in curves)
     grid = curves[0][0] if same else tuple(float(at) for at in np.linspace(start, end, GRID))
     columns = zip(*(np.interp(grid, x, y).tolist() for x, y in curves), strict=True)
-    mean, low, high = zip(*(t_interval(values) for values in columns), strict=True)
+    mean, low, high = zip(*(interval(values) for values in columns), strict=True)
     return Series(key, grid, mean, *((None, None) if low[0] is None else (low, high)))

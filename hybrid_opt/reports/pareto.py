@@ -1,6 +1,7 @@
 """Panels of loss against peak memory and against seconds, with the front. Next: `ablation_table.py`.
 
-One idea: an arm is on the front if no other has both less loss and less cost. Arms on it are filled, the others hollow.
+One idea: an arm is on the front if no other is as good in both and better in one, as `summary.csv` says. Arms on it are filled, the
+others hollow.
 """
 
 from hybrid_opt.reports.content import Group, Key, Plot, Series

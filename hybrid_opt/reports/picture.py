@@ -1,9 +1,10 @@
 """A report as one tall picture: the main tables, then the panels. Next: nothing; this is the end.
 
-One idea: every part is drawn as a picture of its own and they are stacked, so that no part can squeeze another.
+One idea: every part is drawn as a picture of its own and they are put together, so that no part can squeeze another.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,22 +25,25 @@ PAGE = COLUMNS * WIDTH
 def write_picture(report: Report, path: Path) -> None:
     """Write the PNG file; sections of details are left out."""
     with matplotlib.rc_context(STYLE):
-        parts = [_heading(report.title, 18)]
-        for section in report.sections:
-            if not section.detail:
-                parts += _section(section)
-        imsave(path, np.concatenate([_pixels(part) for part in parts]))
+        blocks = [_pixels(_heading(report.title, 18, PAGE))]
+        blocks += [_section(section) for section in report.sections if not section.detail and _parts(section)]
+        imsave(path, _stacked(_side_by_side(row) for row in _rows(blocks)))
 
 
-def _section(section: Section) -> list[Figure]:
+def _section(section: Section) -> np.ndarray:
+    parts = [_pixels(part) for part in _parts(section)]
+    width = max(part.shape[1] for part in parts)
+    return _stacked([_pixels(_heading(section.title, 13, width / DPI)), *parts])
+
+
+def _parts(section: Section) -> list[Figure]:
     tables = section.tables if section.name != "what_was_run" else ()
-    parts = [_table(table) for table in tables] + [_group(group) for group in section.groups]
-    return [_heading(section.title, 13), *parts] if parts else []
+    return [_table(table) for table in tables] + [_group(group) for group in section.groups]
 
 
-def _heading(text: str, size: int) -> Figure:
-    figure = Figure(figsize=(PAGE, 0.035 * size))
-    figure.text(0.008, 0.25, _plain(text), fontsize=size, fontweight="bold", color=LIGHT["ink"])
+def _heading(text: str, size: int, width: float) -> Figure:
+    figure = Figure(figsize=(width, 0.035 * size))
+    figure.text(0.1 / width, 0.25, _plain(text), fontsize=size, fontweight="bold", color=LIGHT["ink"])
     return figure
 
 
@@ -90,9 +94,35 @@ def _plain(text: str) -> str:
 
 
 def _pixels(figure: Figure) -> np.ndarray:
-    """Rows of pixels, as wide as the page."""
+    """(rows, columns, 4)"""
     figure.set_dpi(DPI)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[:, : round(PAGE * DPI)]
-    return np.pad(pixels, ((0, 0), (0, round(PAGE * DPI) - pixels.shape[1]), (0, 0)), constant_values=255)
+    return np.asarray(canvas.buffer_rgba())
+
+
+def _rows(blocks: Iterable[np.ndarray]) -> list[list[np.ndarray]]:
+    """Blocks in their order, as many in a row as the page is wide."""
+    rows: list[list[np.ndarray]] = []
+    for block in blocks:
+        if rows and sum(other.shape[1] for other in rows[-1]) + block.shape[1] <= PAGE * DPI:
+            rows[-1].append(block)
+        else:
+            rows.append([block])
+    return rows
+
+
+def _side_by_side(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    tall = max(block.shape[0] for block in blocks)
+    return np.concatenate([_padded(block, tall, block.shape[1]) for block in blocks], axis=1)
+
+
+def _stacked(blocks: Iterable[np.ndarray]) -> np.ndarray:
+    blocks = list(blocks)
+    wide = max(block.shape[1] for block in blocks)
+    return np.concatenate([_padded(block, block.shape[0], wide) for block in blocks])
+
+
+def _padded(block: np.ndarray, tall: int, wide: int) -> np.ndarray:
+    """White below and to the right."""
+    return np.pad(block, ((0, tall - block.shape[0]), (0, wide - block.shape[1]), (0, 0)), constant_values=255)

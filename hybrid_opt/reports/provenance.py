@@ -24,7 +24,10 @@ NO_MACHINE = "Versions and machine were not recorded."
 
 def provenance(machines: list[dict[str, Any]], config_text: str, file: str) -> Section:
     """The section, for the machines of one run or of several."""
-    rows = tuple(row for machine in machines for row in _rows(machine))
+    if len(machines) > 1:  # runs on one machine differ in nothing but their start
+        starts = sorted(machine["started"] for machine in machines if machine.get("started"))
+        machines = [{**machine, "started": next(iter(starts), None)} for machine in machines]
+    rows = [row for machine in machines for row in _rows(machine)]
     rows = tuple({(row["what"], row["value"]): row for row in rows}.values())
     columns = (Column("what", "what", numeric=False), Column("value", "value", numeric=False))
     texts = [] if rows else [NO_MACHINE]

@@ -23,7 +23,7 @@ CURVES = (
     "Where seeds were evaluated at different places, each is interpolated linearly onto {grid} common ones within the range that all of "
     "them have. A band may go on beyond the panel. Numbers are those of the arms in the table."
 )
-PARETO = "Filled: no other arm has both less loss and less cost. The dashed staircase is that front; bars are 95 % intervals, which may go on beyond the panel."
+PARETO = "Filled: no other arm is as good in both and better in one. The dashed staircase is that front; bars are 95 % intervals, which may go on beyond the panel."
 DETAILS = "One run of each arm, the first seed that finished. Of many steps a point stands for several: their mean, and for memory their most."
 NO_DETAILS = "No run has recorded a step yet."
 NOT_YET = "No finished run yet."

@@ -15,19 +15,14 @@ class Signals:
     """Forward passes over a batch."""
     backwards: int = 0
     """Backward passes over a batch."""
+    forward_equivalents: float = 0.0
+    """Computing so far, in forward passes over a whole batch (see `Cost`)."""
     seconds: float = 0.0
     """Time spent in steps."""
     loss: float | None = None
     """Training loss of the latest step."""
 
-    def updated(self, *, tokens: int, forwards: int, backwards: int, seconds: float, loss: float) -> "Signals":
-        """The signals after one more step."""
-        return replace(
-            self,
-            step=self.step + 1,
-            tokens=self.tokens + tokens,
-            forwards=self.forwards + forwards,
-            backwards=self.backwards + backwards,
-            seconds=self.seconds + seconds,
-            loss=loss,
-        )
+    def updated(self, *, loss: float | None, **amounts: float) -> "Signals":
+        """The signals after one more step, which took these amounts of tokens, forwards, ..."""
+        totals = {name: getattr(self, name) + amount for name, amount in amounts.items()}
+        return replace(self, step=self.step + 1, loss=loss, **totals)

@@ -1,1 +1,1 @@
-"""Measurements of the package itself. `bench_plan.py`: what the command `bench` measures; `bench.py`: how."""
+"""Comparisons. `arms.py`, then `ablate.py`: of ways of training; `bench_plan.py`, then `bench.py`: of the speed of steps."""

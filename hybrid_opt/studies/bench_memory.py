@@ -4,18 +4,16 @@ One idea: a process that has done nothing but load the model has no peak of some
 `row_memory` starts `python -m hybrid_opt.studies.bench_memory '{...}'`, whose `main` answers with a line of JSON.
 """
 
-import contextlib
 import gc
 import json
 import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
-from hybrid_opt.memory import peak_memory_bytes, present_memory_bytes
+from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes
 from hybrid_opt.studies.bench_plan import Case
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, build_step, load_for, problem_of
 
@@ -63,7 +61,7 @@ def measure(row: str, case: Case) -> Memory:
     try:
         step = build_step(row, case, load_for(row, case))
         gc.collect()
-        _forget_peak(device)
+        forget_peak(device)
         loaded = present_memory_bytes(device)
         for _ in range(2):
             step()
@@ -77,14 +75,6 @@ def main(order: str) -> None:
     wanted = json.loads(order)
     torch.set_num_threads(wanted["threads"])
     print(json.dumps(asdict(measure(wanted["row"], Case(**wanted["case"])))))
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif (switch := Path("/proc/self/clear_refs")).exists():
-        with contextlib.suppress(OSError):  # some containers forbid it; then loading the model counts too
-            switch.write_text("5")  # 5: set VmHWM back to the present size, says proc(5)
 
 
 if __name__ == "__main__":

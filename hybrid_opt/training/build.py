@@ -3,14 +3,14 @@
 One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from datasets import Dataset
 
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.run import Choice, Function, Model, RunFile
+from hybrid_opt.config.run import Budget, Choice, Function, Model, RunFile
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -77,6 +77,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
         schedule=run.schedule,
         steps=training.steps,
+        budget=training.budget,
         seed=training.seed,
         engine=run.engine,
         validation=_batches(validation, size, data),
@@ -87,6 +88,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         output=run.output,
         overwrite=overwrite,
         resume=resume,
+        saves_model=training.save_model,
         tokenizer=tokenizer,
         config=run.model_dump(mode="json", exclude_none=True),
         display=display,
@@ -142,18 +144,32 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         UserError: naming what differs.
     """
     now = run.model_dump(mode="json", exclude_none=True)
-    free = {"output", "training.evaluate_every", "training.checkpoint_every", "training.evaluation_rows"}
+    free = {
+        "output",
+        "training.evaluate_every",
+        "training.checkpoint_every",
+        "training.evaluation_rows",
+        "training.save_model",
+    }
+    free |= {f"training.budget.{currency}" for currency in Budget.model_fields}
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
         free.add("training.steps")
     for name in run.schedule.estimators:  # what the message about a diverging run advises to change
         free |= {f"schedule.estimators.{name}.{field}" for field in ("learning_rate", "gradient_clipping")}
-    before, after = dict(_flat(saved)), dict(_flat(now))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key) and key not in free:
+    for key, before, after in differences(saved, now):
+        if key not in free:
             raise UserError(
-                f"output: {run.output}: cannot resume, because {key} was {before.get(key)!r} and is now {after.get(key)!r}; "
+                f"output: {run.output}: cannot resume, because {key} was {before!r} and is now {after!r}; "
                 "change it back, or start anew with --overwrite"
             )
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two configurations differ, with both values (None: absent)."""
+    before, after = dict(_flat(saved)), dict(_flat(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
 
 
 def _flat(tree: dict[str, Any], way: str = ""):

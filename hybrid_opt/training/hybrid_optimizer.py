@@ -8,7 +8,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.update_rules import UpdateRule, build_rule
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
+from hybrid_opt.estimators.comparison import Compared
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
@@ -125,17 +126,22 @@ class HybridOptimizer:
             raise UserError("objective: none was given, so pass step() a function that returns the losses")
         batch = None if callable(batch) else to_device(batch, self.engine.device)
         plan = self.schedule.plan(step, self.signals)
-        owned = {name: self.policies[self.schedule.phase].names(name) for name in plan}
+        owned = {name: self.may_move(name) for name in plan}
         estimates, costs, durations = {}, {}, {}
         for name in plan:
             begun = time.perf_counter()
             estimates[name], costs[name] = self._estimate(name, objective, batch, owned[name])
             durations[name] = time.perf_counter() - begun
+        compared = self._compared(estimates, owned)
+        estimates |= compared
         rates = {name: self.learning_rates[name](step) for name in plan}
         self.engine.apply(
             [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan],
             step,
         )
+        for name, estimate in compared.items():
+            found = {**costs[name].statistics, **estimate.statistics(self.engine.ranks)}
+            costs[name] = replace(costs[name], statistics=found)
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
@@ -154,6 +160,7 @@ class HybridOptimizer:
             tokens=report.tokens,
             forwards=sum(cost.forwards for cost in costs.values()),
             backwards=sum(cost.backwards for cost in costs.values()),
+            forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
             seconds=report.seconds,
             loss=report.loss,
         )
@@ -175,9 +182,24 @@ class HybridOptimizer:
             ) from error
         return estimate, cost
 
+    def _compared(self, estimates: dict[str, Estimate], owned: dict[str, list[str]]) -> dict[str, Compared]:
+        """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same."""
+        gradient = next((name for name in estimates if self.rules[name] is None), None)
+        if gradient is None:
+            return {}
+        return {
+            name: Compared(estimate, estimates[gradient], frozenset(owned[gradient]))
+            for name, estimate in estimates.items()
+            if name != gradient and not set(owned[gradient]).isdisjoint(owned[name])
+        }
+
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
+
+    def may_move(self, name: str) -> list[str]:
+        """Parameters that an estimator may move in the phase of the latest plan."""
+        return self.policies[self.schedule.phase].names(name)
 
     def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
         """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals.
@@ -257,7 +279,7 @@ def _refuse_not_finite(cost: Cost) -> None:
 def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:
     if steps is None and config.learning_rate_schedule not in INDEPENDENT_OF_LENGTH:
         raise UserError(
-            f"estimators.{name}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the length of the run; "
-            "pass steps=..."
+            f"estimators.{name}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the number of steps of the run; "
+            "say it: training.steps in a run file (with a budget: the most steps), steps=... in Python"
         )
     return learning_rate_at(config, steps or 0)

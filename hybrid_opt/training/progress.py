@@ -1,24 +1,27 @@
 """What a run shows in the terminal: a progress bar, evaluations, and the summary table. Next: `curves.py`."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from hybrid_opt.training.hybrid_optimizer import StepReport
 from hybrid_opt.training.summary import Summary
 
 
 class Display(Protocol):
     """Is told of a run's events."""
 
-    def start(self, step: int, steps: int) -> None:
-        """The run begins, or goes on, at a step."""
+    def start(self, step: int, steps: int | None) -> None:
+        """The run begins, or goes on, at a step; steps: how many there will be, None where a budget decides."""
         ...
 
-    def stepped(self, report: StepReport) -> None:
-        """A step was taken."""
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        """A step was taken: its line of `metrics.jsonl`, and how much of the run is done (1: all)."""
+        ...
+
+    def evaluated(self, step: int, measures: dict[str, float]) -> None:
+        """The model was evaluated after so many steps."""
         ...
 
     def say(self, text: str) -> None:
@@ -33,10 +36,13 @@ class Display(Protocol):
 class Silence:
     """Shows nothing."""
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int, steps: int | None) -> None:
         """Nothing."""
 
-    def stepped(self, report: StepReport) -> None:
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        """Nothing."""
+
+    def evaluated(self, step: int, measures: dict[str, float]) -> None:
         """Nothing."""
 
     def say(self, text: str) -> None:
@@ -56,27 +62,36 @@ class ProgressBar:
         self.console = console or Console()
         self.bar = Progress(
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[step]}"),
             TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
         )
 
-    def start(self, step: int, steps: int) -> None:
+    def start(self, step: int, steps: int | None) -> None:
         """Show the bar."""
-        self.every = max(1, steps // 10)
-        self.task = self.bar.add_task("", total=steps, completed=step, status="")
+        self.steps, self.tenths = steps, 0
+        self.task = self.bar.add_task("", total=1.0, step=self._of_steps(step), status="")
         self.bar.start()
 
-    def stepped(self, report: StepReport) -> None:
+    def stepped(self, row: dict[str, Any], done: float) -> None:
         """Move the bar."""
-        rates = " ".join(f"{rate:.2g}" for rate in report.learning_rates.values())
-        speed = f"  {report.tokens / report.seconds:,.0f} tok/s" if report.tokens else ""
-        status = f"{'+'.join(report.weights):<12} loss {report.loss:.4f}  lr {rates}{speed}"
-        self.bar.update(self.task, completed=report.step + 1, status=status)
-        if not self.console.is_terminal and (report.step + 1) % self.every == 0:
-            self.say(f"step {report.step + 1}: {status}")
+        rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
+        speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
+        loss = "" if row["loss"] is None else f"loss {row['loss']:.4f}  "
+        status = f"{'+'.join(row['weights']):<12} {loss}lr {rates}{speed}"
+        self.bar.update(self.task, completed=min(done, 1.0), step=self._of_steps(row["step"] + 1), status=status)
+        if not self.console.is_terminal and int(10 * done) > self.tenths:
+            self.tenths = int(10 * done)
+            self.say(f"step {row['step'] + 1}: {status}")
+
+    def evaluated(self, step: int, measures: dict[str, float]) -> None:
+        """Print the measures above the bar."""
+        self.say(f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+
+    def _of_steps(self, step: int) -> str:
+        return f"{step}/{self.steps}" if self.steps else f"step {step}"
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -1,5 +1,6 @@
 """The folder that a run leaves behind. Next: `summary.py`, `curves.py`.
 
+    machine.json        on what it was made: machine and versions
     run.yaml            resolved configuration (only for runs from a run file)
     metrics.jsonl       one line a step
     evaluations.jsonl   one line an evaluation
@@ -25,6 +26,7 @@ from hybrid_opt.errors import UserError
 
 CONTENTS = (
     "run.yaml",
+    "machine.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "checkpoints",
@@ -47,6 +49,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_implicit_resolver(*YAML_12_FLOAT)
+
+
+def dump_yaml(document: dict[str, Any]) -> str:
+    """A configuration as YAML that our loader reads back as it is."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class RunFolder:
@@ -103,9 +110,11 @@ class RunFolder:
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""
-        (self.path / "run.yaml").write_text(
-            yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8"
-        )
+        (self.path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
+
+    def write_machine(self, machine: dict[str, Any]) -> None:
+        """What `describe_machine` found, as JSON."""
+        (self.path / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The summary as JSON."""

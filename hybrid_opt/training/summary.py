@@ -15,6 +15,8 @@ class Share:
     """Forward passes over a batch."""
     backwards: int = 0
     """Backward passes over a batch."""
+    forward_equivalents: float = 0.0
+    """Computing, in forward passes over the whole batch (see `Cost`)."""
     tokens: int = 0
     """Tokens of its forward passes."""
     seconds: float = 0.0
@@ -39,7 +41,7 @@ class Summary:
     seconds: float = 0.0
     """Time of all steps, without evaluations and probes."""
     peak_memory_bytes: int = 0
-    """Most memory used: of the process on CPU, of the device on CUDA."""
+    """Most memory used in a step: of the process on CPU, of the device on CUDA."""
     finished: bool = True
     """False if the run was interrupted and can be resumed."""
 
@@ -57,6 +59,7 @@ def shares_of(metrics: Iterable[dict[str, Any]], decrease: dict[str, float]) -> 
             share.steps += 1
             share.forwards += part["forwards"]
             share.backwards += part["backwards"]
+            share.forward_equivalents += part["forward_equivalents"]
             share.tokens += part["tokens"]
             share.seconds += part["seconds"]
     return shares

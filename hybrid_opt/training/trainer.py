@@ -11,32 +11,37 @@ from typing import Any
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
+from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import DivergedError, UserError
-from hybrid_opt.memory import peak_memory_bytes
+from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, IterableBatches
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.evaluation import evaluate
-from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
+from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.interrupt import stop_requests
+from hybrid_opt.training.machine import describe_machine
+from hybrid_opt.training.metrics import evaluation_row, metrics_row
 from hybrid_opt.training.progress import Display, ProgressBar, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
 from hybrid_opt.training.summary import Summary, shares_of
+from hybrid_opt.training.update_norms import UpdateNorms
 
 
 class Trainer:
-    """Trains a model for a number of steps.
+    """Trains a model for a number of steps, or until a budget is spent.
 
     Args:
         model: any `torch.nn.Module`.
         objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective.
         batches: an iterable of batches, started again when it ends, or an object with `batch_at(step)`.
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
-        steps: number of steps.
+        steps: number of steps; None: as many as the budget allows.
+        budget: what the steps may spend; None: no limit.
         seed: decides all noise.
         engine: where the weights live, the `engine` section of a run file; None: where they are. With many processes (ZeRO) every
             one of them passes the same batches, and rank 0 writes the folder.
@@ -48,6 +53,7 @@ class Trainer:
         output: run folder; None: nothing is written.
         overwrite: replace the run that the folder holds.
         resume: go on from the folder's newest checkpoint.
+        saves_model: leave the final model in the folder.
         tokenizer: saved with the model.
         config: resolved configuration to keep in the run folder.
         display: what shows the progress.
@@ -63,7 +69,8 @@ class Trainer:
         batches: Iterable[Any] | Batches,
         *,
         schedule: str | Path | dict[str, Any] | ScheduleFile,
-        steps: int,
+        steps: int | None = None,
+        budget: Budget | None = None,
         seed: int = 0,
         engine: EngineConfig | None = None,
         validation: Sequence[Any] = (),
@@ -74,10 +81,15 @@ class Trainer:
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
+        saves_model: bool = True,
         tokenizer: Any = None,
         config: dict[str, Any] | None = None,
         display: Display | None = None,
     ):
+        if steps is None and budget is None:
+            raise UserError(
+                "steps: neither steps nor a budget says when to stop; pass steps=100, or budget=Budget(seconds=600)"
+            )
         self.folder = RunFolder(output) if output is not None else None
         if self.folder:
             self.folder.check(overwrite=overwrite, resume=resume)
@@ -88,7 +100,9 @@ class Trainer:
         self.records = self.folder is not None and self.ranks.rank == 0
         self.consolidates = getattr(engine, "consolidate", False)
         self.batches = batches if hasattr(batches, "batch_at") else IterableBatches(batches)
-        self.steps, self.evaluate_every, self.checkpoint_every = steps, evaluate_every, checkpoint_every
+        self.steps, self.budget = steps, budget
+        self.evaluate_every, self.checkpoint_every, self.saves_model = evaluate_every, checkpoint_every, saves_model
+        self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
@@ -118,18 +132,42 @@ class Trainer:
             return self._end() if finished else self._interrupted()
 
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
-        """Whether all steps were taken."""
-        while (step := self.optimizer.signals.step) < self.steps:
+        """Whether the run came to its end."""
+        self.began = self.optimizer.signals.step
+        while not self.ranks.any(self.done() >= 1):
             if self.ranks.any(stop_requested()):
                 return False
-            self.attribution.before_step(tuple(self.optimizer.acting()))
-            self._record(self.optimizer.step(self.batches.batch_at(step)))
-            done = step + 1
-            if self.evaluate_every and done % self.evaluate_every == 0 and done < self.steps and self.validation_along:
-                self._record_evaluation(done, self._evaluate(self.validation_along))
-            if self.checkpoint_every and done % self.checkpoint_every == 0 and done < self.steps:
-                self._save()
+            if step := self.optimizer.signals.step:
+                self._look_around(step)
+            self._step(step)
         return True
+
+    def done(self) -> float:
+        """How much of the run is done, from 0 to 1 (or a little more, where the last step overran the budget)."""
+        signals = self.optimizer.signals
+        shares = [signals.step / self.steps] if self.steps else []
+        return max(shares + ([self.budget.spent(signals)] if self.budget else []))
+
+    def _look_around(self, step: int) -> None:
+        """What is due between two steps."""
+        is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
+        if is_due and all(row["step"] < step for row in self.evaluations):  # a resumed run may have done it
+            self._record_evaluation(step, self._evaluate(self.validation_along))
+        if self.checkpoint_every and step % self.checkpoint_every == 0 and step > self.began:
+            self._save()
+
+    def _step(self, step: int) -> None:
+        acting = self.optimizer.acting()
+        self.attribution.before_step(tuple(acting))
+        self.update_norms.before({name: self.optimizer.may_move(name) for name in acting})
+        device = self.optimizer.engine.device
+        forget_peak(device)
+        report = self.optimizer.step(self.batches.batch_at(step))
+        row = metrics_row(report, peak_memory_bytes(device), self.update_norms.after())
+        self.metrics.append(row)
+        if self.records:
+            self.folder.append(self.folder.metrics, row)
+        self.display.stepped(row, self.done())
 
     # ------------------------------------------------------------ beginning and end
 
@@ -141,6 +179,7 @@ class Trainer:
             self.folder.prepare()
             if self.config is not None:
                 self.folder.write_config(self.config)
+            self.folder.write_machine(describe_machine(self.optimizer.engine.device, self.ranks.world_size))
         self.ranks.wait()
         if self.folder and not self.folder.path.is_dir():
             raise UserError(
@@ -153,14 +192,14 @@ class Trainer:
             self._record_evaluation(0, self.before)
 
     def _end(self) -> Summary:
-        if self.folder:  # first, so that nothing is lost whatever happens to the rest
+        if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest
             save_model(self.optimizer.engine, self.tokenizer, self.folder.path)
         self.attribution.finish()
         after = {}
         if self.validation:
             self.display.say("evaluating after the last step ...")
             after = self._evaluate(self.validation)
-            self._record_evaluation(self.steps, after)
+            self._record_evaluation(self.optimizer.signals.step, after)
         summary = self._summary(after)
         if self.records:
             draw_curves(self.metrics, self.evaluations, self.folder.curves)
@@ -183,7 +222,7 @@ class Trainer:
             estimators=shares_of(self.metrics, decrease),
             shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
             seconds=self.optimizer.signals.seconds,
-            peak_memory_bytes=peak_memory_bytes(self.optimizer.engine.device),
+            peak_memory_bytes=max((row["peak_memory_bytes"] for row in self.metrics), default=0),
             finished=finished,
         )
 
@@ -192,20 +231,12 @@ class Trainer:
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
         return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
 
-    def _record(self, report: StepReport) -> None:
-        row = metrics_row(report, peak_memory_bytes(self.optimizer.engine.device))
-        self.metrics.append(row)
-        if self.records:
-            self.folder.append(self.folder.metrics, row)
-        self.display.stepped(report)
-
     def _record_evaluation(self, step: int, measures: dict[str, float]) -> None:
-        signals = self.optimizer.signals
-        row = {"step": step, **measures, "seconds": signals.seconds, "tokens": signals.tokens}
+        row = evaluation_row(step, measures, self.optimizer.signals)
         self.evaluations.append(row)
         if self.records:
             self.folder.append(self.folder.evaluations, row)
-        self.display.say(f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
+        self.display.evaluated(step, measures)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -257,32 +288,3 @@ class Trainer:
 def _described(layout: dict[str, int]) -> str:
     ranks = f"{layout['ranks']} rank{'s' * (layout['ranks'] > 1)}"
     return f"{ranks} under ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else f"{ranks} without ZeRO"
-
-
-def metrics_row(report: StepReport, peak_memory: int) -> dict[str, Any]:
-    """The line of `metrics.jsonl` for a step."""
-    spreads = [cost.loss_spread for cost in report.costs.values() if cost.loss_spread is not None]
-    forwards = sum(cost.forwards for cost in report.costs.values())
-    return {
-        "step": report.step,
-        "estimators": list(report.weights),
-        "weights": report.weights,
-        "loss": report.loss,
-        "losses": {name: cost.loss for name, cost in report.costs.items()},
-        "loss_spread": spreads[0] if spreads else None,
-        "learning_rates": report.learning_rates,
-        "forwards": forwards,
-        "backwards": sum(cost.backwards for cost in report.costs.values()),
-        "tokens": report.tokens,
-        "seconds": report.seconds,
-        "peak_memory_bytes": peak_memory,
-        "parts": {
-            name: {
-                "forwards": cost.forwards,
-                "backwards": cost.backwards,
-                "tokens": cost.tokens,
-                "seconds": report.part_seconds[name],
-            }
-            for name, cost in report.costs.items()
-        },
-    }

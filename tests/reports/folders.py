@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from hybrid_opt.reports.student_t import t_interval
+from hybrid_opt.studies.results import SUMMARY_COLUMNS, summarise
 
 LAYERS = ("embed_tokens", *map(str, range(4)), "norm")
 MACHINE = {
@@ -192,29 +192,10 @@ COSTS = ("steps", "seconds", "forwards", "backwards", "forward_equivalents", "to
 
 
 def summary_rows(index: dict, results: list[dict]) -> list[dict]:
-    """What `summary.csv` says, made the slow way."""
-    rows = []
-    for task in index["tasks"]:
-        for budget in index["budgets"]:
-            group = [row for row in results if (row["task"], row["budget"]) == (task, budget)]
-            by_arm = {arm: [row for row in group if row["arm"] == arm] for arm in index["arms"]}
-            rows += [summary_row(index, arm, own, by_arm) for arm, own in by_arm.items() if own]
-    return rows
-
-
-def summary_row(index: dict, arm: str, own: list[dict], by_arm: dict[str, list[dict]]) -> dict:
-    row = {name: own[0][name] for name in ("task", "budget", "arm")} | {"seeds": len(own), "failed": 0}
-    reference = {other["seed"]: other for other in by_arm[index["reference"]]}
-    for name in ("loss", "metric"):
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = t_interval([run[name] for run in own])
-        paired = [run[name] - reference[run["seed"]][name] for run in own if run["seed"] in reference]
-        spread = (None, None, None) if arm == index["reference"] or not paired else t_interval(paired)
-        row |= dict(zip([f"{name}_difference{end}" for end in ("", "_low", "_high")], spread, strict=True))
-    for name in COSTS:
-        row[name] = sum(run[name] for run in own) / len(own)
-    others = [sum(run["loss"] for run in runs) / len(runs) for name, runs in by_arm.items() if runs and name != arm]
-    row["pareto_memory"] = row["pareto_seconds"] = all(row["loss"] <= other for other in others) or arm == "es 0.5"
-    return row
+    """As `ablate` makes them; tests compare reports with the file."""
+    cells = [(task, budget, arm) for task in index["tasks"] for budget in index["budgets"] for arm in index["arms"]]
+    rows = summarise(results, cells, index["reference"])
+    return [{name: {"failed": 0, **row}[name] for name in SUMMARY_COLUMNS} for row in rows]
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

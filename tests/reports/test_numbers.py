@@ -11,7 +11,6 @@ from hybrid_opt.reports.ablation_table import verdict
 from hybrid_opt.reports.content import Key
 from hybrid_opt.reports.mean_curves import mean_curve
 from hybrid_opt.reports.placing import around_points, beside_ends
-from hybrid_opt.reports.student_t import t_interval
 from hybrid_opt.reports.thinning import thinned
 from hybrid_opt.reports.update_norms import in_depth_order
 from hybrid_opt.reports.wording import short, with_interval
@@ -168,13 +167,6 @@ def test_seeds_evaluated_elsewhere_are_interpolated_where_all_have_been():
     assert (curve.x[0], curve.x[-1], len(curve.x)) == (1.0, 8.0, 60)
     assert curve.y[0] == pytest.approx((1.9 + 2.0) / 2)
     assert mean_curve(Key("a", "ink"), [((0.0, 1.0), (2.0, 1.0)), ((5.0, 8.0), (2.0, 1.0))]) is None
-
-
-def test_the_t_interval():
-    mean, low, high = t_interval([1.0, 2.0, 3.0])
-    assert (mean, low, high) == pytest.approx((2.0, 2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5))
-    half = [t_interval([0.0, 2.0] * (n // 2))[2] - 1 for n in (30, 32)]
-    assert half[0] > half[1] == pytest.approx(2.0395 * (32 / 31) ** 0.5 / 32**0.5, rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_state_can_be_saved_and_put_back_in_the_middle():
         ({"schedule": schedule({"type": "single", "estimator": "es"}, policy=[{"match": ".*", "use": ["backprop"]}])},
          "'es' acts, but no rule lets it move any parameter"),
         ({"schedule": {"estimators": {"es": {**ES, "learning_rate_schedule": "linear"}},
-                       "schedule": {"type": "single", "estimator": "es"}}}, "depends on the length of the run"),
+                       "schedule": {"type": "single", "estimator": "es"}}}, "depends on the number of steps of the run"),
     ],
 )  # fmt: skip
 def test_mistakes_when_building(arguments, message):

@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_that_is_promised(write_run, tmp_path):
     summary = train(write_run(**LM, training=training, schedule=ALTERNATE))
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "curves.png", "evaluations.jsonl", "metrics.jsonl", "model", "run.yaml", "summary.json",
+        "curves.png", "evaluations.jsonl", "machine.json", "metrics.jsonl", "model", "run.yaml", "summary.json",
     ]  # fmt: skip
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
     assert [row["estimators"] for row in metrics] == [["es"], ["backprop"], ["backprop"]] * 2
@@ -340,3 +340,42 @@ def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
     (newest / "rank-0/tensors.safetensors").write_bytes(b"garbage")
     with pytest.raises(UserError, match="checkpoint cannot be read"):
         load_checkpoint(newest)
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent"),
+    [
+        ({"tokens": 1300}, [1024, 1280, 1536]),
+        ({"forward_equivalents": 10}, [4, 7, 10]),
+    ],
+)
+def test_a_budget_ends_the_run_with_the_step_that_reaches_it(write_run, tmp_path, budget, spent):
+    training = {"budget": budget, "batch_size": 4, "probe_rows": 0, "save_model": False, "evaluate_every": 1}
+    summary = train(write_run(**LM, training=training, schedule=ALTERNATE))
+    assert summary.steps == 3
+    evaluations = lines(tmp_path / "out/evaluations.jsonl")
+    assert [row[next(iter(budget))] for row in evaluations] == [0, *spent]
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_a_budget_of_seconds_counts_the_steps_alone(write_run, tmp_path):
+    training = {"budget": {"seconds": 0.5}, "steps": 10_000, "batch_size": 4, "probe_rows": 0, "evaluate_every": 2}
+    summary = train(write_run(**LM, training=training, schedule=ALTERNATE))
+    seconds = [row["seconds"] for row in lines(tmp_path / "out/metrics.jsonl")]
+    assert sum(seconds[:-1]) < 0.5 <= sum(seconds)
+    assert summary.seconds == pytest.approx(sum(seconds))
+
+
+def test_forward_equivalents(write_run, tmp_path):
+    """An ES member that sees half of the batch counts half, a backward pass 2, with checkpointing 3."""
+    schedule = {
+        "estimators": {"es": {**ES, "examples_per_step": 2}, "backprop": {**ADAMW, "gradient_checkpointing": True}},
+        "schedule": {"type": "blend", "weights": {"es": 1, "backprop": 1}},
+    }
+    summary = train(write_run(**LM, training={"steps": 2, "batch_size": 4, "probe_rows": 0}, schedule=schedule))
+    row = lines(tmp_path / "out/metrics.jsonl")[0]
+    assert {name: part["forward_equivalents"] for name, part in row["parts"].items()} == {"es": 2.0, "backprop": 4.0}
+    assert row["forward_equivalents"] == 6.0
+    assert summary.estimators["backprop"].forward_equivalents == 8.0
+    assert set(row["parts"]["es"]["statistics"]) == {"gradient_norm", "cosine", "rho2"}
+    assert set(row["update_norms"]) == {"es+backprop"}

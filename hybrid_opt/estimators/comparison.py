@@ -1,0 +1,48 @@
+"""How far an estimate points along the exact gradient. Next: `../training/hybrid_optimizer.py`.
+
+One idea: where both act in a step, applying it reads both for the same shards, and that is the moment to take their inner products:
+no noise is drawn twice.
+"""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from hybrid_opt.engines.contract import Shard
+from hybrid_opt.engines.ranks import Ranks
+from hybrid_opt.estimators.contract import Estimate, zeros_and
+
+
+class Compared:
+    """An estimate that is compared with a reference while it is read, on the parameters that the reference is for.
+
+    Args:
+        names: parameters of the reference.
+    """
+
+    def __init__(self, estimate: Estimate, reference: Estimate, names: Collection[str]):
+        self.estimate, self.reference, self.names = estimate, reference, names
+        self.products = torch.zeros(3, dtype=torch.float64)
+        """Inner products: of estimate and reference, of the estimate with itself, of the reference with itself."""
+
+    def read(self, shard: Shard) -> Tensor:
+        """See `Estimate.read`."""
+        return zeros_and(self, shard)
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """See `Estimate.add_to`."""
+        if shard.name not in self.names:
+            self.estimate.add_to(out, shard, factor)
+            return
+        own, other = self.estimate.read(shard), self.reference.read(shard)
+        self.products += torch.stack([own.dot(other), own.dot(own), other.dot(other)]).double().cpu()
+        out.add_(own, alpha=factor)
+
+    def statistics(self, ranks: Ranks) -> dict[str, float]:
+        """`cosine`, of the angle between the two, and `rho2 = cosine^2`, the share of the reference's energy that lies along the
+        estimate; nothing where one of them is zero. All ranks ask together."""
+        both, own, other = ranks.gather(self.products).sum(dim=0).tolist()
+        if not own * other:
+            return {}
+        return {"cosine": both / (own * other) ** 0.5, "rho2": both**2 / (own * other)}

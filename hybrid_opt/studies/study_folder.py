@@ -1,0 +1,89 @@
+"""The folder that a study leaves behind. Next: `results.py`.
+
+    study.yaml                      the resolved study
+    study.json                      its runs, how each stands, and why it failed
+    results.csv, results.parquet    one row a run
+    summary.csv                     one row an arm
+    runs/TASK/BUDGET/ARM/seed-0/    ordinary run folders, each with its run file and log beside it
+    fit/, search/                   runs that chose what an arm gives up for memory, and its learning rates
+
+One idea: the same command on the same folder goes on with the study, so the folder is the study's state, and one process at a time has it.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hybrid_opt.errors import UserError
+from hybrid_opt.training.run_folder import dump_yaml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CONTENTS = (
+    *("study.yaml", "study.json", "results.csv", "results.parquet", "summary.csv", "lock", "runs", "fit", "search"),
+    *("report.html", "report.md", "report.json", "report.png"),
+)
+
+
+class StudyFolder:
+    """Paths and writers of a study folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).expanduser()
+        self.runs, self.fit, self.search = (self.path / name for name in ("runs", "fit", "search"))
+
+    def take(self, *, overwrite: bool = False) -> int | None:
+        """Make the folder, empty if asked to, and lock it.
+
+        Returns:
+            The lock's file descriptor, which child processes should keep open; None where there are no such locks.
+
+        Raises:
+            UserError: it holds other things than a study, another process has it, or it cannot be written to.
+        """
+        present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        if present and not (present & {"study.yaml", "lock"} and present <= set(CONTENTS)):
+            foreign = ", ".join(sorted(present - set(CONTENTS) or present)[:3])
+            raise UserError(f"output: {self.path} holds other things than a study ({foreign}); choose a new folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._lock()
+        except OSError as error:
+            raise UserError(f"output: {self.path} cannot be written to: {error.strerror}") from None
+        if overwrite:
+            self._empty()
+        return lock
+
+    def write(self, study: dict[str, Any], index: dict[str, Any]) -> None:
+        """The resolved study, and how its runs stand."""
+        (self.path / "study.yaml").write_text(dump_yaml(study), encoding="utf-8")
+        self.write_index(index)
+
+    def write_index(self, index: dict[str, Any]) -> None:
+        """How the runs stand."""
+        (self.path / "study.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _lock(self) -> int | None:
+        if fcntl is None:
+            return None
+        self._file = (self.path / "lock").open("w")  # held until the process ends, or this object is gone
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output: {self.path} is in use: another hybrid-opt ablate, or a run that it left behind, has not ended yet; wait "
+                "for it, or choose another folder"
+            ) from None
+        return self._file.fileno()
+
+    def _empty(self) -> None:
+        for name in CONTENTS:
+            entry = self.path / name
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif name != "lock":
+                entry.unlink(missing_ok=True)

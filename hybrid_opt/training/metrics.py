@@ -1,0 +1,50 @@
+"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `run_folder.py`."""
+
+from typing import Any
+
+from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.training.hybrid_optimizer import StepReport
+
+
+def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """The line of a step.
+
+    Args:
+        peak_memory: most memory used during the step, in bytes.
+        update_norms: see `UpdateNorms.after`.
+    """
+    costs = report.costs.values()
+    spreads = [cost.loss_spread for cost in costs if cost.loss_spread is not None]
+    return {
+        "step": report.step,
+        "estimators": list(report.weights),
+        "weights": report.weights,
+        "loss": report.loss,
+        "losses": {name: cost.loss for name, cost in report.costs.items()},
+        "loss_spread": spreads[0] if spreads else None,
+        "learning_rates": report.learning_rates,
+        "forwards": sum(cost.forwards for cost in costs),
+        "backwards": sum(cost.backwards for cost in costs),
+        "forward_equivalents": sum(cost.forward_equivalents for cost in costs),
+        "tokens": report.tokens,
+        "seconds": report.seconds,
+        "peak_memory_bytes": peak_memory,
+        "parts": {
+            name: {
+                "forwards": cost.forwards,
+                "backwards": cost.backwards,
+                "forward_equivalents": cost.forward_equivalents,
+                "tokens": cost.tokens,
+                "seconds": report.part_seconds[name],
+                "statistics": dict(cost.statistics),
+            }
+            for name, cost in report.costs.items()
+        },
+        "update_norms": update_norms,
+    }
+
+
+def evaluation_row(step: int, measures: dict[str, float], signals: Signals) -> dict[str, Any]:
+    """The line of an evaluation that was made after `step` steps, with what the steps have taken so far."""
+    amounts = {name: getattr(signals, name) for name in ("seconds", "tokens", "forward_equivalents")}
+    return {"step": step, **measures, **amounts}
