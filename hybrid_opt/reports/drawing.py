@@ -115,6 +115,7 @@ def _limit_bands(ax: Axes, panel: Plot) -> None:
     ends = [value for series in panel.series for side in (series.low, series.high) for value in side or ()]
     low = max(min([least, *ends]), least - room) - 0.2 * room
     high = min(max([most, *ends]), most + room) + 0.2 * room
+    low = max(low, -0.1 * most) if least >= 0 else low
     ax.set_ylim(0 if panel.from_zero else max(low, 0.8 * least) if panel.log else low, high)
 
 
@@ -171,6 +172,13 @@ def _point(ax: Axes, series: Series, palette: Palette) -> None:
 _FORMS = {"line": _line, "faint": _faint, "points": _points, "front": _front, "solid": _point, "hollow": _point}
 
 
+def _keep_together(ax: Axes, costs: list[float]) -> None:
+    """Costs that are the same but for some thousandths must not look far apart."""
+    middle = (min(costs) + max(costs)) / 2
+    if max(costs) - min(costs) < 0.05 * middle and ax.get_xlim()[0] > 0:
+        ax.set_xlim(0.9 * middle, 1.1 * middle)
+
+
 def _write_numbers(ax: Axes, panel: Plot, palette: Palette) -> None:
     """The key's number beside each point, or at the end of each line."""
     numbered = [series for series in panel.series if series.key.number and series.x]
@@ -180,6 +188,7 @@ def _write_numbers(ax: Axes, panel: Plot, palette: Palette) -> None:
     width, height = 72 * (WIDTH - 0.9), 72 * (height_of(panel) - 0.8)
     ax.margins(x=0.09)
     ax.autoscale_view(scaley=False)
+    _keep_together(ax, [x for x, _ in ends])
     inside = (ax.transScale + ax.transLimits).transform(ends)
     inside = [(x * width, y * height) for x, y in inside]
     lines = numbered[0].form == "line"
