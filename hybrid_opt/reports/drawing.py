@@ -188,10 +188,11 @@ def _write_numbers(ax: Axes, panel: Plot, palette: Palette) -> None:
     width, height = 72 * (WIDTH - 0.9), 72 * (height_of(panel) - 0.8)
     ax.margins(x=0.09)
     ax.autoscale_view(scaley=False)
-    _keep_together(ax, [x for x, _ in ends])
+    lines = numbered[0].form == "line"
+    if not lines:
+        _keep_together(ax, [x for x, _ in ends])
     inside = (ax.transScale + ax.transLimits).transform(ends)
     inside = [(x * width, y * height) for x, y in inside]
-    lines = numbered[0].form == "line"
     offsets = beside_ends(inside, height) if lines else around_points(inside, width, height)
     for series, end, offset in zip(numbered, ends, offsets, strict=True):
         text = {"textcoords": "offset points", "ha": "center", "va": "center", "fontsize": 9, "color": palette["ink"]}

@@ -26,7 +26,7 @@ def write_picture(report: Report, path: Path) -> None:
     """Write the PNG file; sections of details are left out."""
     with matplotlib.rc_context(STYLE):
         blocks = [_pixels(_heading(report.title, 18, PAGE))]
-        blocks += [_section(section) for section in report.sections if not section.detail and _parts(section)]
+        blocks += [_section(section) for section in report.sections if not section.detail and _has_parts(section)]
         imsave(path, _stacked(_side_by_side(row) for row in _rows(blocks)))
 
 
@@ -34,6 +34,10 @@ def _section(section: Section) -> np.ndarray:
     parts = [_pixels(part) for part in _parts(section)]
     width = max(part.shape[1] for part in parts)
     return _stacked([_pixels(_heading(section.title, 13, width / DPI)), *parts])
+
+
+def _has_parts(section: Section) -> bool:
+    return bool(section.groups or (section.tables and section.name != "what_was_run"))
 
 
 def _parts(section: Section) -> list[Figure]:
