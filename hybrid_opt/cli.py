@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | ablate | schema | bench. Next: `config/loading.py`, then `training/build.py`.
+"""The command line: train | check | plan | ablate | report | schema | bench. Next: `config/loading.py`, then `training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -145,6 +145,27 @@ def ablate(
         say(f"failed: {'; '.join(names)}: {error}")
     output = Path(plan.study.output)
     say(f"results: {output / 'results.csv'}" if complete else f"{output}: interrupted; the same command goes on")
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN|STUDY", help="A run's or a study's folder.", show_default=False)
+    ],
+    kind: Annotated[
+        Literal["html", "md", "json", "png"], typer.Option("--format", help="md also writes a picture beside it.")
+    ] = "html",
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output", metavar="FILE", help="Left out: report.html and so on in the folder.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Write a report on a run or a study, finished or not: one file, readable without a network."""
+    from hybrid_opt.reports.writing import write_report
+
+    typer.echo(write_report(folder, kind, output))
 
 
 @app.command()

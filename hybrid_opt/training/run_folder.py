@@ -8,6 +8,7 @@
     summary.json        before, after, and what each estimator contributed
     curves.png          loss against steps and seconds
     model/              the final model, as transformers loads it
+    report.*            what `hybrid-opt report` made of the others
 
 One idea: a folder is only ever written to by a run that began with it empty, unless the user says otherwise.
 """
@@ -33,6 +34,10 @@ CONTENTS = (
     "curves.png",
     "model",
     "adapter",
+    "report.html",
+    "report.md",
+    "report.json",
+    "report.png",
 )
 
 TRIAL = ".hybrid-opt-"

@@ -1,0 +1,115 @@
+"""The table of a study's arms: means with intervals, and paired differences against the reference. Next: `provenance.py`.
+
+One idea: what the intervals cannot tell apart is said to be not told apart. All statistics are those of `summary.csv`.
+"""
+
+from typing import Any
+
+from hybrid_opt.reports.content import Column, Table
+from hybrid_opt.reports.keys import arm_keys
+from hybrid_opt.reports.records import Study
+from hybrid_opt.reports.wording import count, known, number, size, with_interval
+
+COSTS = (
+    Column("steps", "steps", count),
+    Column("seconds", "seconds", number),
+    Column("forwards", "forwards", count),
+    Column("backwards", "backwards", count),
+    Column("forward_equivalents", "forward-equivalents", count),
+    Column("tokens", "tokens", count),
+    Column("peak_memory_bytes", "peak memory", size),
+)
+
+
+def ablation_table(study: Study, task: str, budget: str, name: str) -> Table:
+    """A row for each arm, in order of display, whether it has finished runs or not."""
+    rows = study.summary_of(task, budget)
+    return Table(
+        name,
+        f"{task}, {budget}",
+        (Column("title", "arm", numeric=False), Column("runs", "seeds"), *_measured(study), *COSTS),
+        tuple(_row(study, task, budget, arm, rows.get(arm, {})) for arm in study.arms),
+        tuple(_notes(study, task, budget, rows)),
+    )
+
+
+def _measures(study: Study) -> dict[str, tuple[str, str]]:
+    """Key in the summary: name, and which side is better."""
+    metric = {"metric": (study.metric, study.metric_better)} if study.metric else {}
+    return {"loss": ("loss", "lower"), **metric}
+
+
+def _measured(study: Study) -> list[Column]:
+    columns = []
+    for key, (title, better) in _measures(study).items():
+        columns.append(Column(key, title, lambda value: with_interval(**value) if value else ""))
+        if study.reference:
+            show = _difference_writer(better)
+            columns.append(Column(f"{key}_difference", f"{title} against {study.reference}", show))
+    return columns
+
+
+def _difference_writer(better: str):
+    def show(value: dict[str, Any] | None) -> str:
+        return f"{with_interval(**value, sign='+')}, {verdict(value, better)}" if value else ""
+
+    return show
+
+
+def verdict(difference: dict[str, Any], better: str) -> str:
+    """What a paired difference says: better, worse, not told apart, or one seed."""
+    low, high = difference["low"], difference["high"]
+    if not (known(low) and known(high)):
+        return "one seed"
+    if low <= 0 <= high:
+        return "not told apart"
+    return "better" if (high < 0) == (better == "lower") else "worse"
+
+
+def _row(study: Study, task: str, budget: str, arm: str, row: dict[str, Any]) -> dict[str, Any]:
+    label = arm_keys(study.arms, study.reference)[arm]
+    cells = {"arm": arm, "title": f"{label.number}. {label.label}", "runs": _runs(study, task, budget, arm)}
+    for key in _measures(study):
+        for name in (key, f"{key}_difference"):
+            if known(row.get(name)):
+                cells[name] = {"mean": row[name], "low": row.get(f"{name}_low"), "high": row.get(f"{name}_high")}
+    return cells | {column.key: row.get(column.key) for column in COSTS}
+
+
+def _runs(study: Study, task: str, budget: str, arm: str) -> str:
+    """Finished runs, and how many have another status."""
+    statuses = [run.status for run in study.runs_of(task, budget, arm)]
+    others = [f"{statuses.count(other)} {other}" for other in ("failed", "interrupted", "waiting") if other in statuses]
+    finished = str(statuses.count("finished"))
+    return f"{finished} ({', '.join(others)})" if others else finished
+
+
+def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]]):
+    if known_arms := [row for row in rows.values() if known(row.get("loss_low"))]:
+        least, most = (int(pick(row["seeds"] for row in known_arms)) for pick in (min, max))
+        seeds = f"{least}" if least == most else f"{least} to {most}"
+        yield f"Means over {seeds} seeds with 95 % intervals by Student's t; differences are paired by seed."
+    elif any(known(row.get("loss")) for row in rows.values()):
+        yield "One seed: there are no intervals, and differences may be chance."
+    same = [arm for arm in study.arms if _undecided(rows.get(arm, {}))]
+    if same:
+        yield f"Not told apart from the reference {study.reference} in loss, as the interval includes 0: {', '.join(same)}."
+    yield from dict.fromkeys(_changes(study, task, budget))
+    for run in study.runs:
+        if (run.task, run.budget, run.status) == (task, budget, "failed"):
+            yield f"{run.arm}, seed {run.seed}, failed: {run.error or 'no message was left'}"
+
+
+def _changes(study: Study, task: str, budget: str):
+    """What the study changed in arms on its own: learning rates that it searched for, and what had to fit the memory."""
+    for row in study.results:
+        if (row["task"], row["budget"]) == (task, budget):
+            if row.get("learning_rate_factor") not in (None, 1.0):
+                yield f"{row['arm']}: learning rates were multiplied by {number(row['learning_rate_factor'])}, as the search chose."
+            if row.get("fitted"):
+                yield f"{row['arm']} was made to fit the memory: {row['fitted']}."
+
+
+def _undecided(row: dict[str, Any]) -> bool:
+    low, high = row.get("loss_difference_low"), row.get("loss_difference_high")
+    return known(low) and known(high) and low <= 0 <= high
