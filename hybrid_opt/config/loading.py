@@ -5,7 +5,7 @@ override is checked exactly as if it stood in the file. Next: `explaining.py`, t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,15 @@ def _override(document: dict[str, Any], keys: list[str], value: Any) -> None:
         place[keys[-1]] = value
     else:
         raise UserError(f"command line: {'.'.join(keys)}: {'.'.join(keys[:-1])} has no field {keys[-1]!r}")
+
+
+def flat(tree: dict[str, Any], way: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a document, by keys as overrides write them: `training.steps`."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{way}{key}.")
+        else:
+            yield f"{way}{key}", value
 
 
 def _find_files(document: dict[str, Any], folder: Path) -> None:
