@@ -110,7 +110,12 @@ def _loss(run: RunSoFar, width: int, rows: int) -> list[Text]:
     heights = columns(points, max(width - LABEL - len(smoothed) - 2 - scale, 1))
     right = [number(max(heights)), "", number(min(heights))] if rows > 1 else [""]
     return [
-        _labelled("" if i else "loss", f"{left[i]:<{len(smoothed) + 2}}", (bars, "blue"), (f" {right[i]}" if right[i] else "", "dim"))
+        _labelled(
+            "" if i else "loss",
+            f"{left[i]:<{len(smoothed) + 2}}",
+            (bars, "blue"),
+            (f" {right[i]}" if right[i] else "", "dim"),
+        )
         for i, bars in enumerate(sparkline(heights, rows))
     ]
 

@@ -61,7 +61,7 @@ class Integrations:
         self.state, self.control = TrainerState(logging_steps=1), TrainerControl()
         self.given = {"model": model, "processing_class": tokenizer}
         self.show = say
-        self.started = False
+        self.starting = False
 
     def start(
         self,
@@ -79,9 +79,10 @@ class Integrations:
         self.totals = {name: sum(row[name] for row in metrics) for name in TOTALS}
         if isinstance(tensorboard := self.callbacks.get("tensorboard"), integration_utils.TensorBoardCallback):
             _open_tensorboard(tensorboard, self.arguments.output_dir, step)
+        self.starting = True
         self._tell("on_init_end")
         self._tell("on_train_begin")
-        self.started = True
+        self.starting = False
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         """Log a step's numbers."""
@@ -102,6 +103,7 @@ class Integrations:
 
     def stop(self) -> None:
         """The training ends, so callbacks close what they opened."""
+        self.starting = False
         self._tell("on_train_end")
 
     def _tell(self, event: str, **what: Any) -> None:
@@ -110,7 +112,7 @@ class Integrations:
                 getattr(callback, event)(self.arguments, self.state, self.control, **self.given, **what)
             except Exception as error:  # each tracker has its own kinds
                 del self.callbacks[name]
-                if not self.started:
+                if self.starting:
                     raise UserError(f"report_to: {name} does not start: {error}") from error
                 self.show(f"report_to: {name} failed after {self.state.global_step} steps, and is left out: {error}")
 
