@@ -41,6 +41,10 @@ def train(
     schedule: SchedulePath = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    display: Annotated[
+        Literal["auto", "dashboard", "lines", "none"],
+        typer.Option(help="How the run is shown; auto: as a dashboard on a terminal, by lines elsewhere."),
+    ] = "auto",
 ) -> None:
     """Train a model as a run file says."""
     if resume and overwrite:
@@ -51,11 +55,13 @@ def train(
 
     from hybrid_opt.config import located
     from hybrid_opt.training.build import build
-    from hybrid_opt.training.progress import ProgressBar, summary_table
+    from hybrid_opt.training.dashboard import display_for
+    from hybrid_opt.training.progress import summary_table
 
     console = Console(quiet=_rank() > 0)
     with located(source):
-        trainer = build(config, overwrite=overwrite, resume=resume, display=ProgressBar(console))
+        shown = display_for(display, console, config.training.budget)
+        trainer = build(config, overwrite=overwrite, resume=resume, display=shown)
         summary = trainer.train()
     console.print(summary_table(summary))
     if summary.finished:
@@ -69,10 +75,12 @@ def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = No
     """Validate a run file without training, and show which estimators may move which parameters."""
     from hybrid_opt.checking import check_data, engine_notes, policy_tables
     from hybrid_opt.config import located
+    from hybrid_opt.config.reporting import refuse_missing_packages
 
     config, source = _load(run, overrides, schedule)
     with located(source):
         check_data(config.data)
+        refuse_missing_packages(config.report_to)
         tables = [*policy_tables(config), *engine_notes(config)]
     from rich.console import Console
     from rich.table import Table

@@ -6,7 +6,7 @@ override is checked exactly as if it stood in the file. Next: `explaining.py`, t
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,15 @@ def _override(document: dict[str, Any], keys: list[str], value: Any, said_in: st
 
 FILES = (("data", "train"), ("data", "validation"), ("model", "name"), ("model", "tokenizer"))
 """Keys whose values may be names of files."""
+
+
+def flat(tree: dict[str, Any], way: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a document, by keys as overrides write them: `training.steps`."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{way}{key}.")
+        else:
+            yield f"{way}{key}", value
 
 
 def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:

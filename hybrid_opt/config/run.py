@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.reporting import INTEGRATIONS, reporters
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
@@ -194,6 +195,9 @@ def _path_or_inline(schema: dict[str, Any]) -> None:
     }
 
 
+IntegrationName = Annotated[str, Field(json_schema_extra={"enum": ["none", *INTEGRATIONS]})]
+
+
 class RunFile(Strict):
     """The whole of a run file."""
 
@@ -215,6 +219,14 @@ class RunFile(Strict):
     """A path, a shipped recipe's name, or a schedule file's content."""
     output: Text
     """Folder of the run: metrics, checkpoints, model, picture."""
+    report_to: IntegrationName | tuple[IntegrationName, ...] = "none"
+    """Experiment trackers to report to, by transformers' names for them: `tensorboard`, or `[tensorboard, wandb]`."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _names_integrations(cls, names):
+        reporters(names)
+        return names
 
     @model_validator(mode="after")
     def _objective_suits_data(self):

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from hybrid_opt.config.engines import ZeroEngine
+from hybrid_opt.config.loading import flat
+from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.run import Budget, Choice, Function, Model, RunFile
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
@@ -45,7 +47,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     Args:
         overwrite: replace the run that the output folder holds.
         resume: go on from the newest checkpoint there.
-        display: what shows the progress.
+        display: what shows the progress; None: as `display_for` chooses.
 
     Raises:
         UserError: anything in the run file that does not fit the data, the model or the machine.
@@ -54,6 +56,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     folder.check(overwrite=overwrite, resume=resume)
     if overwrite:
         _refuse_to_lose_the_model(run)
+    refuse_missing_packages(run.report_to)
     if resume:
         refuse_changes(folder.read_config(), run)
     model_config = _with_engine_dtype(run)
@@ -92,6 +95,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         tokenizer=tokenizer,
         config=run.model_dump(mode="json", exclude_none=True),
         display=display,
+        report_to=run.report_to,
     )
 
 
@@ -146,6 +150,7 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
     now = run.model_dump(mode="json", exclude_none=True)
     free = {
         "output",
+        "report_to",
         "training.evaluate_every",
         "training.checkpoint_every",
         "training.evaluation_rows",
@@ -166,18 +171,10 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Dotted keys at which two configurations differ, with both values (None: absent)."""
-    before, after = dict(_flat(saved)), dict(_flat(now))
+    before, after = dict(flat(saved)), dict(flat(now))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)
-
-
-def _flat(tree: dict[str, Any], way: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{way}{key}.")
-        else:
-            yield f"{way}{key}", value
 
 
 def _objective(run: RunFile, tokenizer) -> tuple[Objective, ExampleData]:

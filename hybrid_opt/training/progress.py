@@ -1,19 +1,31 @@
-"""What a run shows in the terminal: a progress bar, evaluations, and the summary table. Next: `curves.py`."""
+"""Who is told of a run's events, the plainest ways to show them, and the summary table. Next: `dashboard.py`."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hybrid_opt.training.summary import Summary
 
 
 class Display(Protocol):
-    """Is told of a run's events."""
+    """Is told of a run's events, from `start` to `stop`; `say` may come at any time."""
 
-    def start(self, step: int, steps: int | None) -> None:
-        """The run begins, or goes on, at a step; steps: how many there will be, None where a budget decides."""
+    def start(
+        self,
+        step: int,
+        steps: int | None,
+        metrics: Sequence[dict[str, Any]] = (),
+        evaluations: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """The run begins, or goes on, at a step.
+
+        Args:
+            steps: how many there will be, None where a budget decides.
+            metrics: lines of `metrics.jsonl` so far, of a run that goes on.
+            evaluations: the same of `evaluations.jsonl`.
+        """
         ...
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
@@ -29,14 +41,14 @@ class Display(Protocol):
         ...
 
     def stop(self) -> None:
-        """The run ends, however it ends."""
+        """The run ends, however it ends, even before it began."""
         ...
 
 
 class Silence:
     """Shows nothing."""
 
-    def start(self, step: int, steps: int | None) -> None:
+    def start(self, step: int, steps: int | None, metrics=(), evaluations=()) -> None:
         """Nothing."""
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
@@ -52,54 +64,75 @@ class Silence:
         """Nothing."""
 
 
-class ProgressBar:
-    """A bar with the step, who acts, loss, learning rate, tokens a second and the time left.
+class Displays:
+    """Several displays as one."""
 
-    Without a terminal a line is printed about ten times in a run instead.
-    """
+    def __init__(self, *displays: Display):
+        self.displays = displays
+
+    def start(self, *begun: Any) -> None:
+        """Tell each of them."""
+        for display in self.displays:
+            display.start(*begun)
+
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        """Tell each of them."""
+        for display in self.displays:
+            display.stepped(row, done)
+
+    def evaluated(self, step: int, measures: dict[str, float]) -> None:
+        """Tell each of them."""
+        for display in self.displays:
+            display.evaluated(step, measures)
+
+    def say(self, text: str) -> None:
+        """Tell each of them."""
+        for display in self.displays:
+            display.say(text)
+
+    def stop(self) -> None:
+        """Tell each of them."""
+        for display in self.displays:
+            display.stop()
+
+
+class Lines:
+    """Prints about ten lines in a run: step, who acts, loss, learning rates and tokens a second; for files and pipes."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
-        self.bar = Progress(
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[step]}"),
-            TextColumn("{task.fields[status]}", markup=False),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.tenths = 0
 
-    def start(self, step: int, steps: int | None) -> None:
-        """Show the bar."""
-        self.steps, self.tenths = steps, 0
-        self.task = self.bar.add_task("", total=1.0, step=self._of_steps(step), status="")
-        self.bar.start()
+    def start(self, step: int, steps: int | None, metrics=(), evaluations=()) -> None:
+        """Nothing."""
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
-        """Move the bar."""
-        rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
-        speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
-        loss = "" if row["loss"] is None else f"loss {row['loss']:.4f}  "
-        status = f"{'+'.join(row['weights']):<12} {loss}lr {rates}{speed}"
-        self.bar.update(self.task, completed=min(done, 1.0), step=self._of_steps(row["step"] + 1), status=status)
-        if not self.console.is_terminal and int(10 * done) > self.tenths:
+        """Print a line if another tenth of the run is done."""
+        if int(10 * done) > self.tenths:
             self.tenths = int(10 * done)
-            self.say(f"step {row['step'] + 1}: {status}")
+            self.say(f"step {row['step'] + 1}: {_status(row)}")
 
     def evaluated(self, step: int, measures: dict[str, float]) -> None:
-        """Print the measures above the bar."""
-        self.say(f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items()))
-
-    def _of_steps(self, step: int) -> str:
-        return f"{step}/{self.steps}" if self.steps else f"step {step}"
+        """Print the measures."""
+        self.say(evaluation_line(step, measures))
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
-        """Leave the bar as it is."""
-        self.bar.stop()
+        """Nothing."""
+
+
+def _status(row: dict[str, Any]) -> str:
+    rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
+    speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
+    return f"{'+'.join(row['weights']):<12} loss {row['loss']:.4f}  lr {rates}{speed}"
+
+
+def evaluation_line(step: int, measures: dict[str, float]) -> str:
+    """`after 16 steps: loss 0.3430, accuracy 0.8400`."""
+    return f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
 
 
 def summary_table(summary: Summary) -> Table:

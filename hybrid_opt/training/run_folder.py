@@ -5,6 +5,7 @@
     metrics.jsonl       one line a step
     evaluations.jsonl   one line an evaluation
     checkpoints/        to resume from
+    logs/               what the experiment trackers of `report_to` write, such as TensorBoard's event files
     summary.json        before, after, and what each estimator contributed
     curves.png          loss against steps and seconds
     model/              the final model, as transformers loads it
@@ -30,6 +31,7 @@ CONTENTS = (
     "metrics.jsonl",
     "evaluations.jsonl",
     "checkpoints",
+    "logs",
     "summary.json",
     "curves.png",
     "model",
@@ -64,6 +66,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
         self.summary = self.path / "summary.json"
         self.curves = self.path / "curves.png"
         self.model = self.path / "model"

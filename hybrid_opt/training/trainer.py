@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
+from hybrid_opt.config.loading import flat
+from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import DivergedError, UserError
@@ -20,12 +22,14 @@ from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
+from hybrid_opt.training.dashboard import display_for
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
+from hybrid_opt.training.integrations import Integrations
 from hybrid_opt.training.interrupt import stop_requests
 from hybrid_opt.training.machine import describe_machine
 from hybrid_opt.training.metrics import evaluation_row, metrics_row
-from hybrid_opt.training.progress import Display, ProgressBar, Silence
+from hybrid_opt.training.progress import Display, Displays, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
 from hybrid_opt.training.summary import Summary, shares_of
@@ -56,7 +60,8 @@ class Trainer:
         saves_model: leave the final model in the folder.
         tokenizer: saved with the model.
         config: resolved configuration to keep in the run folder.
-        display: what shows the progress.
+        display: what shows the progress; None: as `display_for` chooses.
+        report_to: experiment trackers to report to as well, by transformers' names for them: `tensorboard`, `[tensorboard, wandb]`.
 
     Raises:
         UserError: see `HybridOptimizer` and `RunFolder.check`.
@@ -85,6 +90,7 @@ class Trainer:
         tokenizer: Any = None,
         config: dict[str, Any] | None = None,
         display: Display | None = None,
+        report_to: str | Sequence[str] = "none",
     ):
         if steps is None and budget is None:
             raise UserError(
@@ -95,6 +101,11 @@ class Trainer:
             self.folder.check(overwrite=overwrite, resume=resume)
         elif resume:
             raise UserError("resume: a run without an output folder cannot be resumed")
+        elif reporters(report_to):
+            raise UserError(
+                "report_to: trackers need an output folder, whose name they give to the run; pass output=..."
+            )
+        refuse_missing_packages(report_to)
         self.optimizer = HybridOptimizer(model, objective, schedule=schedule, steps=steps, seed=seed, engine=engine)
         self.ranks = self.optimizer.engine.ranks
         self.records = self.folder is not None and self.ranks.rank == 0
@@ -107,7 +118,9 @@ class Trainer:
         self.validation_along = validation if validation_along is None else validation_along
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
-        self.display = Silence() if self.ranks.rank else display or ProgressBar()
+        self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
+        if self.records and reporters(report_to):
+            self.display = Displays(self.display, self._integrations(report_to, model))
         self.before: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -122,14 +135,21 @@ class Trainer:
         """
         with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
             self._begin()
-            self.display.start(self.optimizer.signals.step, self.steps)
             try:
-                finished = self._loop(stop_requested)
-            except UserError as error:
-                raise type(error)(f"{error}{self._saved_after(error)}") from None
+                self.display.start(self.optimizer.signals.step, self.steps, self.metrics, self.evaluations)
+                return self._shown(stop_requested)
             finally:
                 self.display.stop()
-            return self._end() if finished else self._interrupted()
+
+    def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
+        """What the display sees of the run."""
+        if not self.resume:
+            self._measure_before()
+        try:
+            finished = self._loop(stop_requested)
+        except UserError as error:
+            raise type(error)(f"{error}{self._saved_after(error)}") from None
+        return self._end() if finished else self._interrupted()
 
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
         """Whether the run came to its end."""
@@ -186,6 +206,8 @@ class Trainer:
                 f"output: {self.folder.path} was made by rank 0, but rank {self.ranks.rank} does not see it; choose a folder on a "
                 "file system that all machines share"
             )
+
+    def _measure_before(self) -> None:
         if self.validation:
             self.display.say("evaluating before the first step ...")
             self.before = self._evaluate(self.validation)
@@ -227,6 +249,15 @@ class Trainer:
         )
 
     # ------------------------------------------------------------ measuring and recording
+
+    def _integrations(self, report_to: str | Sequence[str], model: nn.Module) -> Integrations:
+        own = {
+            "steps": self.steps,
+            "seed": self.optimizer.seed,
+            "schedule": self.optimizer.config.model_dump(mode="json"),
+        }
+        config = dict(flat(own if self.config is None else self.config))
+        return Integrations(report_to, self.folder, config, model, self.tokenizer, self.display.say)
 
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
         return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
