@@ -191,4 +191,12 @@ class Backprop(LearningRate):
         return arguments
 
 
-Estimator = Annotated[EvolutionStrategy | Backprop, Field(discriminator="type")]
+class StaleGradient(LearningRate):
+    """The latest gradient of backprop once more, without any pass through the model: what ES must beat to be worth its forwards."""
+
+    type: Literal["stale_gradient"]
+    update: Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")] = SgdRule(type="sgd")
+    """Rule that turns the gradient into a change of the weights, its state held in float32 and not shared with backprop's."""
+
+
+Estimator = Annotated[EvolutionStrategy | Backprop | StaleGradient, Field(discriminator="type")]

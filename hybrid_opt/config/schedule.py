@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hybrid_opt.config.estimators import Backprop, Estimator
+from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveInt, Strict
 
 # ---------------------------------------------------------------- policy
@@ -183,6 +183,19 @@ class ScheduleFile(Strict):
         names = [name for name, e in self.estimators.items() if isinstance(e, Backprop)]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} are both backprop, but there is one optimizer; keep one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_are_taken(self):
+        acting = {name: self.estimators[name] for name in acting_names(self.schedule) if name in self.estimators}
+        if any(isinstance(e, Backprop) for e in acting.values()):
+            return self
+        for name, estimator in acting.items():
+            if isinstance(estimator, StaleGradient):
+                raise ValueError(
+                    f"{name} repeats the latest gradient of backprop, but no backprop estimator acts in the schedule; let one act, "
+                    f"such as pattern: {{backprop: 1, {name}: 4}}"
+                )
         return self
 
     def _known(self, name: str, where: str):

@@ -6,7 +6,7 @@ Estimates is an Estimate, and this is all that blending, alternating and per-lay
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class Estimate(Protocol):
 class Cost:
     """What an estimate took and saw."""
 
-    loss: float
-    """Mean loss of the step's examples; for ES over all members."""
+    loss: float | None
+    """Mean loss of the step's examples; for ES over all members; None if nothing was evaluated."""
     forwards: int
     """Forward passes: for ES one a member, over the examples that it sees."""
     backwards: int
@@ -60,6 +60,23 @@ class Estimator(Protocol):
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
     ) -> tuple[Estimate, Cost]:
         """Estimate the gradient of the objective's mean loss over `batch` with respect to the parameters `names`."""
+        ...
+
+
+@runtime_checkable
+class FollowsBackprop(Protocol):
+    """An estimator that learns from the gradients that backprop takes."""
+
+    def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
+        """See the gradient with respect to the parameters `names`, which may be gone after the step."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it remembers."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put back what `state_dict` gave."""
         ...
 
 

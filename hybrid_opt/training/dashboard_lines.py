@@ -169,7 +169,7 @@ def _columns_of(run: RunSoFar) -> dict[str, Cell]:
         "backwards": lambda e: f"{e.backwards:,}",
         "seconds": lambda e: f"{e.seconds:,.1f}",
         "lr": lambda e: f"{e.learning_rate:.2g}",
-        "loss": lambda e: number(e.loss),
+        "loss": lambda e: "" if e.loss is None else number(e.loss),
         **{SHORT.get(name, name.replace("_", " ")): _statistic(name) for name in statistics},
     }
 

@@ -7,7 +7,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.build import build_engine, with_engine_settings
@@ -25,9 +25,10 @@ from hybrid_opt.engines.update_rules import UpdateRule, build_rule
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.comparison import Compared
-from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
+from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, FollowsBackprop
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, resolve_policies
@@ -47,8 +48,9 @@ class StepReport:
     """What each estimate took and saw."""
     learning_rates: dict[str, float]
     """Learning rate of each estimator that acted."""
-    loss: float
-    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members."""
+    loss: float | None
+    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
+    evaluated."""
     tokens: int
     """Tokens that forward passes processed."""
     seconds: float
@@ -94,6 +96,8 @@ class HybridOptimizer:
         self._refuse_missing_gradient()
         self.engine = build_engine(model, self.config, self.policies.values(), engine, seed=seed)
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
+        acting = acting_names(self.config.schedule)
+        self.followers = {n: e for n, e in self.estimators.items() if isinstance(e, FollowsBackprop) and n in acting}
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
@@ -134,6 +138,7 @@ class HybridOptimizer:
             durations[name] = time.perf_counter() - begun
         compared = self._compared(estimates, owned)
         estimates |= compared
+        self._let_follow(estimates, owned)
         rates = {name: self.learning_rates[name](step) for name in plan}
         self.engine.apply(
             [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan],
@@ -151,7 +156,7 @@ class HybridOptimizer:
             weights=plan,
             costs=costs,
             learning_rates=rates,
-            loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
+            loss=_loss_of_step(costs.values()),
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
@@ -193,6 +198,13 @@ class HybridOptimizer:
             if name != gradient and not set(owned[gradient]).isdisjoint(owned[name])
         }
 
+    def _let_follow(self, estimates: dict[str, Estimate], owned: dict[str, list[str]]) -> None:
+        """Show the gradient, if one was taken, to the estimators that learn from it."""
+        for name in estimates:
+            if self.rules[name] is None:
+                for follower in self.followers.values():
+                    follower.follow(self.engine, estimates[name], owned[name])
+
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
@@ -211,6 +223,7 @@ class HybridOptimizer:
             "layout": self.engine.layout(),
             "engine": self.engine.state_dict(folder),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
+            "followers": {name: follower.state_dict() for name, follower in self.followers.items()},
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
         }
@@ -221,6 +234,8 @@ class HybridOptimizer:
         for name, rule in self.rules.items():
             if rule is not None:
                 rule.load_state_dict(state["rules"][name])
+        for name, follower in self.followers.items():
+            follower.load_state_dict(state["followers"].get(name, {}))
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
 
@@ -266,11 +281,22 @@ def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | Non
 
 
 def _build_estimator(config) -> Estimator:
-    return BackpropEstimator(config) if isinstance(config, Backprop) else EsEstimator(config)
+    match config:
+        case Backprop():
+            return BackpropEstimator(config)
+        case StaleGradient():
+            return StaleGradientEstimator(config)
+        case _:
+            return EsEstimator(config)
+
+
+def _loss_of_step(costs: Iterable[Cost]) -> float | None:
+    evaluated = [cost for cost in costs if cost.loss is not None]
+    return max(evaluated, key=lambda cost: cost.backwards).loss if evaluated else None
 
 
 def _refuse_not_finite(cost: Cost) -> None:
-    if not math.isfinite(cost.loss):
+    if cost.loss is not None and not math.isfinite(cost.loss):
         raise DivergedError(
             f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping"
         )

@@ -127,7 +127,8 @@ class Lines:
 def _status(row: dict[str, Any]) -> str:
     rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
     speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
-    return f"{'+'.join(row['weights']):<12} loss {row['loss']:.4f}  lr {rates}{speed}"
+    loss = "" if row["loss"] is None else f"loss {row['loss']:.4f}  "
+    return f"{'+'.join(row['weights']):<12} {loss}lr {rates}{speed}"
 
 
 def evaluation_line(step: int, measures: dict[str, float]) -> str:

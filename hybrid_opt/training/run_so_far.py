@@ -45,7 +45,7 @@ class EstimatorSoFar:
     backwards: int = 0
     seconds: float = 0.0
     learning_rate: float = 0.0
-    loss: float = 0.0
+    loss: float | None = None
     statistics: dict[str, float] = field(default_factory=dict)
 
 
@@ -73,16 +73,21 @@ class RunSoFar:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
-        self.step, self.loss = row["step"] + 1, row["loss"]
-        self.losses.add(row["loss"])
-        self.smoothing = SMOOTHING * self.smoothing + (1 - SMOOTHING) * row["loss"]
-        self.left *= SMOOTHING
+        self.step = row["step"] + 1
+        if row["loss"] is not None:  # otherwise nothing was evaluated
+            self._add_loss(row["loss"])
         self.actors.append(tuple(row["weights"]))
         self.recent.append((row["tokens"], row["seconds"]))
         self.peak_memory = max(self.peak_memory, row["peak_memory_bytes"])
         self.spent += row.get(self.currency, 0.0)
         for name, part in row["parts"].items():
             self._add_part(name, part, row)
+
+    def _add_loss(self, loss: float) -> None:
+        self.loss = loss
+        self.losses.add(loss)
+        self.smoothing = SMOOTHING * self.smoothing + (1 - SMOOTHING) * loss
+        self.left *= SMOOTHING
 
     def _add_part(self, name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> None:
         known = self.estimators.setdefault(name, EstimatorSoFar())
