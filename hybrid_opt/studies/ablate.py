@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.config.run import RunFile
-from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.config.schedule import Alternate, acting_names
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.studies.arms import Cell, StudyPlan
@@ -120,7 +120,10 @@ class Ablation:
             chosen.error = f"does not fit into {limit / 1e9:.3g} GB: {needs}"
 
     def _trial(self, cell: Cell, folder: Path) -> RunFile:
-        """The cell's first steps, until every estimator has acted, without evaluations."""
+        """Steps of the cell in which every estimator acts, turns cut to one step each, without evaluations."""
+        schedule = self.plan.run(cell, self.study.seeds[0], folder).schedule.schedule
+        if isinstance(schedule, Alternate):
+            cell = cell.changed((["schedule", "schedule", "pattern"], dict.fromkeys(schedule.pattern, 1)))
         steps = _steps_until_all_act(self.plan.run(cell, self.study.seeds[0], folder))
         nothing = {
             "data.validation": None,

@@ -117,6 +117,7 @@ def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, n
         "alternate_with_sgd",
         "blend_with_adamw",
         "blend_with_sgd",
+        "turns_with_stale_gradients",
     ],
 )
 def test_schedules_with_backprop_are_the_local_engines_but_for_rounding(results, ranks, name):

@@ -160,7 +160,8 @@ def difference(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -
 
 def compared(result: Run, reference: Run) -> dict:
     """How far a run is from the reference."""
-    losses = [abs(a - b) for a, b in zip(result.losses, reference.losses, strict=True)]
+    pairs = zip(result.losses, reference.losses, strict=True)
+    losses = [abs(a - b) for a, b in pairs if (a, b) != (None, None)]  # stale gradients evaluate nothing
     return {"losses": max(losses), "weights": difference(result.weights(), reference.weights())}
 
 
@@ -249,6 +250,14 @@ def blend_with_adamw(folder):
 @scenario(1, 2)
 def blend_with_sgd(folder):
     return at_all_stages(schedule_file(BLEND, es=DENSE, backprop=SGD))
+
+
+@scenario(1, 2)
+def turns_with_stale_gradients(folder):
+    stale = {"type": "stale_gradient", "learning_rate": 0.05}
+    return at_all_stages(
+        schedule_file({"type": "alternate", "pattern": {"backprop": 1, "es": 2}}, es=stale, backprop=SGD), steps=6
+    )
 
 
 # ------------------------------------------------------------ 2 and 3: narrow weights
