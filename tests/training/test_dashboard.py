@@ -239,7 +239,8 @@ class Terminal:
     def __init__(self, *command: str, columns: int, rows: int):
         self.master, slave = pty.openpty()
         self.resize(columns, rows)
-        environment = {**os.environ, "TERM": "xterm-256color"}
+        sizes = ("COLUMNS", "LINES")  # would be believed more than the terminal
+        environment = {k: v for k, v in os.environ.items() if k not in sizes} | {"TERM": "xterm-256color"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
