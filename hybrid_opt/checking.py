@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation
+from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation, StaleGradient
 from hybrid_opt.config.run import Data, RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
@@ -195,6 +195,8 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
 
 def _evaluations(estimator: Estimator, batch_size: int) -> tuple[int, int]:
     """Forward passes of an estimate, and examples in each."""
+    if isinstance(estimator, StaleGradient):
+        return 0, 0
     if not isinstance(estimator, EvolutionStrategy):
         return 1, batch_size
     share = 2 * batch_size // estimator.population_size if estimator.distinct_examples else batch_size

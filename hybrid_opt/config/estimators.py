@@ -191,4 +191,12 @@ class Backprop(LearningRate):
         return arguments
 
 
-Estimator = Annotated[EvolutionStrategy | Backprop, Field(discriminator="type")]
+class StaleGradient(LearningRate):
+    """The latest gradient that backprop took, once more, without any forward pass: what ES steps must be better than."""
+
+    type: Literal["stale_gradient"]
+    update: Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")] = SgdRule(type="sgd")
+    """Rule that turns the gradient, before any clipping, into a change of the weights, its state held in float32."""
+
+
+Estimator = Annotated[EvolutionStrategy | Backprop | StaleGradient, Field(discriminator="type")]

@@ -1,4 +1,5 @@
-"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py` and `backprop.py`.
+"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py`, `backprop.py` and
+`stale_gradient.py`.
 
 One idea: everything that wants to move the weights is an Estimate that can be read shard by shard. A weighted sum of
 Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
@@ -6,7 +7,7 @@ Estimates is an Estimate, and this is all that blending, alternating and per-lay
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ class Estimate(Protocol):
 class Cost:
     """What an estimate took and saw."""
 
-    loss: float
-    """Mean loss of the step's examples; for ES over all members."""
+    loss: float | None
+    """Mean loss of the step's examples; for ES over all members; None if nothing was evaluated."""
     forwards: int
     """Forward passes: for ES one a member, over the examples that it sees."""
     backwards: int
@@ -60,6 +61,29 @@ class Estimator(Protocol):
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
     ) -> tuple[Estimate, Cost]:
         """Estimate the gradient of the objective's mean loss over `batch` with respect to the parameters `names`."""
+        ...
+
+
+@runtime_checkable
+class FollowsBackprop(Protocol):
+    """An estimator that is also shown every gradient that backprop takes, and remembers of it what it likes."""
+
+    def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
+        """See the gradient of a step, before it is applied: it can be read only now, and is finite.
+
+        Estimates of the same step were made before and are read after, so what they hold must not change.
+
+        Args:
+            names: parameters that the gradient is of and that this estimator may ever move.
+        """
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank remembers, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
+        """Put back what `state_dict` gave; the state may hold other ranks' entries too, and its tensors lie in main memory."""
         ...
 
 

@@ -7,7 +7,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
+from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.build import build_engine, with_engine_settings
@@ -27,10 +28,12 @@ from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.comparison import Compared
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
-from hybrid_opt.scheduling.policy import acting_in, resolve_policies
+from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 
@@ -47,8 +50,9 @@ class StepReport:
     """What each estimate took and saw."""
     learning_rates: dict[str, float]
     """Learning rate of each estimator that acted."""
-    loss: float
-    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members."""
+    loss: float | None
+    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
+    evaluated."""
     tokens: int
     """Tokens that forward passes processed."""
     seconds: float
@@ -97,6 +101,7 @@ class HybridOptimizer:
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
+        self.followers = self._followers()
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)
             for name, c in self.config.estimators.items()
@@ -132,7 +137,10 @@ class HybridOptimizer:
             begun = time.perf_counter()
             estimates[name], costs[name] = self._estimate(name, objective, batch, owned[name])
             durations[name] = time.perf_counter() - begun
-        compared = self._compared(estimates, owned)
+        gradient = next((name for name in plan if self.rules[name] is None), None)
+        if gradient is not None:
+            self.followers.show(estimates[gradient], owned[gradient])
+        compared = self._compared(gradient, estimates, owned)
         estimates |= compared
         rates = {name: self.learning_rates[name](step) for name in plan}
         self.engine.apply(
@@ -151,7 +159,7 @@ class HybridOptimizer:
             weights=plan,
             costs=costs,
             learning_rates=rates,
-            loss=max(costs.values(), key=lambda cost: cost.backwards).loss,
+            loss=_loss(costs.values()),
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
@@ -182,9 +190,10 @@ class HybridOptimizer:
             ) from error
         return estimate, cost
 
-    def _compared(self, estimates: dict[str, Estimate], owned: dict[str, list[str]]) -> dict[str, Compared]:
+    def _compared(
+        self, gradient: str | None, estimates: dict[str, Estimate], owned: dict[str, list[str]]
+    ) -> dict[str, Compared]:
         """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same."""
-        gradient = next((name for name in estimates if self.rules[name] is None), None)
         if gradient is None:
             return {}
         return {
@@ -202,7 +211,7 @@ class HybridOptimizer:
         return self.policies[self.schedule.phase].names(name)
 
     def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
-        """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals.
+        """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, schedule and signals.
 
         Args:
             folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
@@ -211,6 +220,7 @@ class HybridOptimizer:
             "layout": self.engine.layout(),
             "engine": self.engine.state_dict(folder),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
+            "estimators": self.followers.state_dict(),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
         }
@@ -221,8 +231,14 @@ class HybridOptimizer:
         for name, rule in self.rules.items():
             if rule is not None:
                 rule.load_state_dict(state["rules"][name])
+        self.followers.load_state_dict(state["estimators"])
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
+
+    def _followers(self) -> Followers:
+        acting = {name: self.estimators[name] for name in acting_names(self.config.schedule)}
+        may_move = {name: may_ever_move(self.config, self.policies, name) for name in acting}
+        return Followers(self.engine, acting, may_move)
 
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
@@ -265,12 +281,24 @@ def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | Non
     raise UserError(f"objective: expected losses(model, batch) -> Tensor (examples,), got {objective!r}")
 
 
-def _build_estimator(config) -> Estimator:
-    return BackpropEstimator(config) if isinstance(config, Backprop) else EsEstimator(config)
+def _build_estimator(config: EstimatorConfig) -> Estimator:
+    match config:
+        case EvolutionStrategy():
+            return EsEstimator(config)
+        case Backprop():
+            return BackpropEstimator(config)
+        case StaleGradient():
+            return StaleGradientEstimator()
+
+
+def _loss(costs: Iterable[Cost]) -> float | None:
+    """The loss of the part that says most of the weights themselves, which is backprop's."""
+    evaluated = [cost for cost in costs if cost.loss is not None]
+    return max(evaluated, key=lambda cost: cost.backwards).loss if evaluated else None
 
 
 def _refuse_not_finite(cost: Cost) -> None:
-    if not math.isfinite(cost.loss):
+    if cost.loss is not None and not math.isfinite(cost.loss):
         raise DivergedError(
             f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping"
         )
