@@ -24,9 +24,16 @@ ABSENT = object()  # in place of a value: the key is left out
 ROWS = [{"subject": f"offer {i}", "body": "cheap and new", "label": "spam" if i % 2 else "ham"} for i in range(8)]
 ES = {"type": "es", "population_size": 6, "sigma": 1e-3, "learning_rate": 1e-5}
 BACKPROP = {"type": "backprop", "learning_rate": 1e-5}
+STALE = {"estimators.stale": {"type": "stale_gradient", "learning_rate": 1e-5}}
 TURNS = {"type": "alternate", "pattern": {"es": 1, "backprop": 1}}
 ALL, MLP = {"match": ".*", "use": ["es", "backprop"]}, {"match": "mlp", "use": ["es", "backprop"]}
 ENDLESS = {"schedule": {"type": "single", "estimator": "backprop"}}
+AGAIN = {"schedule": {"type": "single", "estimator": "stale"}}
+STALE_PHASES = {"type": "phases", "phases": [{**ENDLESS, "steps": 1}, {**AGAIN, "tokens": 9}, ENDLESS]}
+APART = {
+    "schedule.pattern": {"stale": 1, "backprop": 1},
+    "policy": [{"match": "mlp", "use": ["backprop", "es"]}, {"match": ".*", "use": ["stale", "es"]}],
+}
 LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024}
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 1024, "n_positions": 8}
@@ -103,6 +110,17 @@ def blend(**weights) -> Arrange:
 
 def phases(*items: dict) -> Arrange:
     return schedule({"schedule": {"type": "phases", "phases": list(items)}})
+
+
+def stale(values: dict) -> Arrange:
+    return schedule({**STALE, **values})
+
+
+def endless(**budget) -> Arrange:
+    """A run within a budget of forward passes, at whose end nobody makes one."""
+    kind = {"type": "phases", "phases": [{**ENDLESS, "steps": 1}, AGAIN]}
+    document = changed({"estimators": {"backprop": BACKPROP}, "schedule": kind}, STALE)
+    return run({"training.budget": budget, "training.steps": ABSENT, "schedule": document})
 
 
 def policy(*rules: dict) -> Arrange:
@@ -204,6 +222,13 @@ CASES = [
     case("unknown argument", SCH, backprop(optimizer_arguments={"b": 1}), "backprop.optimizer_arguments: ", "'b'"),
     case("arguments at odds", SCH, backprop(optimizer_arguments={"fused": True, "foreach": True}), "`foreach`"),
     case("two backprops", SCH, schedule({"estimators.bp": BACKPROP}), "backprop and bp", "keep one"),
+    case(
+        "stale only", SCH, stale({"schedule.pattern": {"es": 1, "stale": 1}}), "'stale' is", "{backprop: 1, stale: 9}"
+    ),
+    case("stale alone in tokens", SCH, stale({"schedule": STALE_PHASES}), "phase 1 ", "stale", "give it steps"),
+    case("stale to spend", RUN, endless(tokens=99), "training.budget counts", "stale", "write training.steps too"),
+    case("stale to compute", RUN, endless(forward_equivalents=9), "training.budget counts", "write training.steps too"),
+    case("nothing to repeat", SCH, stale(APART), "policy: 'stale' applies", "write use: [backprop, stale]"),
     # schedules
     case("unknown schedule type", SCH, schedule({"schedule": {"type": "mix"}}), "schedule: type is 'mix'", "'blend'"),
     case("unknown estimator", SCH, turns(bprop=1), "schedule names the estimator 'bprop'", "'backprop'?"),

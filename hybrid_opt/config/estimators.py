@@ -192,11 +192,11 @@ class Backprop(LearningRate):
 
 
 class StaleGradient(LearningRate):
-    """The latest gradient of backprop once more, without any pass through the model: what ES must beat to be worth its forwards."""
+    """The latest gradient that backprop took, once more, without any forward pass: what ES steps must be better than."""
 
     type: Literal["stale_gradient"]
     update: Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")] = SgdRule(type="sgd")
-    """Rule that turns the gradient into a change of the weights, its state held in float32 and not shared with backprop's."""
+    """Rule that turns the gradient, before any clipping, into a change of the weights, its state held in float32."""
 
 
 Estimator = Annotated[EvolutionStrategy | Backprop | StaleGradient, Field(discriminator="type")]

@@ -285,6 +285,17 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
+    def _budget_is_spent(self):
+        budget = self.training.budget
+        counts_forwards = budget is not None and budget.seconds is None and self.training.steps is None
+        if counts_forwards and (names := self.schedule.lasts_without_forwards(self.schedule.schedule)):
+            raise ValueError(
+                f"training.budget counts what forward passes take, but at the end {names} (stale_gradient) acts alone and makes "
+                "none, so the run would not end; write training.steps too"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _gradient_exists(self):
         if isinstance(self.objective, Function) and not self.objective.differentiable:
             for name, estimator in self.schedule.estimators.items():

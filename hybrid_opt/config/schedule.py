@@ -152,6 +152,15 @@ def acting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def lasting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
+    """Names of the estimators that still act however long a schedule goes on."""
+    if isinstance(schedule, Phases):
+        return lasting_names(schedule.phases[-1].schedule)
+    if isinstance(schedule, Blend):
+        return [name for name, w in schedule.weights.items() if (w.end if isinstance(w, Ramp) else w)]
+    return acting_names(schedule)
+
+
 class ScheduleFile(Strict):
     """The whole of a schedule file."""
 
@@ -186,17 +195,30 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _gradients_are_taken(self):
-        acting = {name: self.estimators[name] for name in acting_names(self.schedule) if name in self.estimators}
-        if any(isinstance(e, Backprop) for e in acting.values()):
-            return self
-        for name, estimator in acting.items():
-            if isinstance(estimator, StaleGradient):
+    def _stale_gradients_were_fresh(self):
+        acting = acting_names(self.schedule)
+        stale = [name for name in acting if isinstance(self.estimators[name], StaleGradient)]
+        if stale and not any(isinstance(self.estimators[name], Backprop) for name in acting):
+            raise ValueError(
+                f"{stale[0]!r} is stale_gradient, which applies the gradient of a backprop estimator again, but none acts; let "
+                f"one act too, such as pattern: {{backprop: 1, {stale[0]}: 9}}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_processed(self):
+        for number, phase in enumerate(self.schedule.phases if isinstance(self.schedule, Phases) else ()):
+            if phase.tokens and (names := self.lasts_without_forwards(phase.schedule)):
                 raise ValueError(
-                    f"{name} repeats the latest gradient of backprop, but no backprop estimator acts in the schedule; let one act, "
-                    f"such as pattern: {{backprop: 1, {name}: 4}}"
+                    f"phase {number} has a length in tokens, but {names} (stale_gradient) processes none, so it would not end; "
+                    "give it steps"
                 )
         return self
+
+    def lasts_without_forwards(self, schedule: Single | Alternate | Blend | Phases) -> str:
+        """Who acts alone from some step of a schedule on and makes no forward pass; empty if somebody does."""
+        names = lasting_names(schedule)
+        return " and ".join(names) if all(isinstance(self.estimators[n], StaleGradient) for n in names) else ""
 
     def _known(self, name: str, where: str):
         if name not in self.estimators:

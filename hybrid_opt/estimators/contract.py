@@ -1,4 +1,5 @@
-"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py` and `backprop.py`.
+"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py`, `backprop.py` and
+`stale_gradient.py`.
 
 One idea: everything that wants to move the weights is an Estimate that can be read shard by shard. A weighted sum of
 Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
@@ -65,18 +66,24 @@ class Estimator(Protocol):
 
 @runtime_checkable
 class FollowsBackprop(Protocol):
-    """An estimator that learns from the gradients that backprop takes."""
+    """An estimator that is also shown every gradient that backprop takes, and remembers of it what it likes."""
 
     def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
-        """See the gradient with respect to the parameters `names`, which may be gone after the step."""
+        """See the gradient of a step, before it is applied: it can be read only now, and is finite.
+
+        Estimates of the same step were made before and are read after, so what they hold must not change.
+
+        Args:
+            names: parameters that the gradient is of and that this estimator may ever move.
+        """
         ...
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What it remembers."""
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank remembers, as tensors and plain values."""
         ...
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
+        """Put back what `state_dict` gave; the state may hold other ranks' entries too, and its tensors lie in main memory."""
         ...
 
 

@@ -1,67 +1,71 @@
-"""The latest gradient once more: a baseline without forward passes. Next: `comparison.py`.
+"""The latest gradient once more: the baseline of ES steps. Next: `followers.py`, which shows it the gradients.
 
-One idea: if steps of ES do no better than repeating the last gradient, their forward passes are wasted.
+One idea: a step that costs no forward pass is what a step of forward passes has to beat. Memory: float32, 4 bytes for each value
+of this rank's shards of the parameters that both backprop and this estimator may move, on the shards' device.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid_opt.config.estimators import StaleGradient
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.contract import Cost, zeros_and
+from hybrid_opt.estimators.contract import Cost, Estimate
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import Objective
 
 
 @dataclass(frozen=True)
 class KeptGradient:
-    """Slices of a gradient that is gone."""
+    """A gradient that was copied from this rank's shards."""
 
-    by_name: dict[str, Tensor]
-    """For each parameter this process's slice: float32 (numel,)."""
+    by_name: Mapping[str, Tensor]
+    """Float32 (numel of the shard,) each."""
 
     def read(self, shard: Shard) -> Tensor:
-        """See `Estimate.read`."""
-        return zeros_and(self, shard)
+        """See `Estimate.read`; zeros where no gradient was kept."""
+        kept = self.by_name.get(shard.name)
+        return torch.zeros_like(shard.data, dtype=torch.float32) if kept is None else kept
 
     def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
-        """See `Estimate.add_to`; nothing is added where there was no gradient."""
-        if (gradient := self.by_name.get(shard.name)) is not None:
-            out.add_(gradient.to(out.device), alpha=factor)  # a loaded one lies in main memory
+        """See `Estimate.add_to`."""
+        if shard.name in self.by_name:
+            out.add_(self.by_name[shard.name], alpha=factor)
 
 
 class StaleGradientEstimator:
-    """`g = d/dw mean(losses)` of the latest step in which backprop acted, at the weights of that step; zero before there was one.
+    """`g_t = g_s`, s the latest step before t in which backprop took a gradient of the parameter; zero if there was none.
 
-    It keeps a float32 copy of this process's part of that gradient: 4 bytes a value.
+    g_s is the gradient before clipping, whatever weight and learning rate it had then. In a blend with backprop it is the
+    gradient of the step before. A `FollowsBackprop`.
     """
 
-    def __init__(self, config: StaleGradient):
-        self.config = config
-        self.kept: dict[str, Tensor] = {}
+    def __init__(self):
+        self.latest: dict[str, Tensor] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
-        """See `Estimator.check`; any parameter will do."""
+        """See `Estimator.check`: there is nothing that it could not do."""
 
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
     ) -> tuple[KeptGradient, Cost]:
-        """See `Estimator.estimate`."""
-        return KeptGradient(self.kept), Cost(loss=None, forwards=0, backwards=0, forward_equivalents=0.0)
+        """See `Estimator.estimate`; nothing is evaluated."""
+        # A mapping of its own: `follow` comes before this step's estimates are applied.
+        return KeptGradient(dict(self.latest)), Cost(loss=None, forwards=0, backwards=0, forward_equivalents=0.0)
 
     @torch.no_grad()
-    def follow(self, engine: Engine, gradient: Any, names: Collection[str]) -> None:
-        """See `FollowsBackprop.follow`. What was kept before stays with the estimate of this step, if there is one."""
-        self.kept = {shard.name: gradient.read(shard).clone() for shard in engine.shards(names)}
+    def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
+        """See `FollowsBackprop.follow`. The former copy of a shard is freed as the next is made, if no estimate holds it."""
+        for shard in engine.shards(names):
+            self.latest.pop(shard.name, None)
+            self.latest[shard.name] = gradient.read(shard).clone()  # it may be the gradient's own memory
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The gradient by parameter."""
-        return dict(self.kept)
+        """This rank's part of the gradient by parameter."""
+        return dict(self.latest)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` gave."""
-        self.kept = dict(state)
+    def load_state_dict(self, state: dict[str, Tensor], engine: Engine) -> None:
+        """See `FollowsBackprop.load_state_dict`."""
+        self.latest = {s.name: state[s.name].to(s.data.device) for s in engine.shards(state)}

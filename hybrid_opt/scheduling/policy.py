@@ -9,6 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.schedule import Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
@@ -56,7 +57,8 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
     """The policy of each phase (of the whole run: None) for a model's parameter names.
 
     Raises:
-        UserError: a policy does not fit the names, or an estimator acts without owning a parameter.
+        UserError: a policy does not fit the names, an estimator acts without owning a parameter, or a stale_gradient without
+            sharing one with backprop.
     """
     estimators = list(config.estimators)
     if not isinstance(config.schedule, Phases):
@@ -72,7 +74,26 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
             if not policy.names(name):
                 during = "" if phase is None else f" in phase {phase}"
                 raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
+    _refuse_stale_without_fresh(config, policies)
     return policies
+
+
+def _refuse_stale_without_fresh(config: ScheduleFile, policies: dict[int | None, Policy]) -> None:
+    """A stale gradient of parameters that backprop never moves would be zero for ever."""
+    acting = acting_names(config.schedule)
+    fresh = next((name for name in acting if isinstance(config.estimators[name], Backprop)), None)
+    for name in (name for name in acting if isinstance(config.estimators[name], StaleGradient)):
+        if may_ever_move(config, policies, name).isdisjoint(may_ever_move(config, policies, fresh)):
+            raise UserError(
+                f"policy: {name!r} applies the gradient of {fresh!r} again, but no rule lets both move the same parameter; "
+                f"write use: [{fresh}, {name}]"
+            )
+
+
+def may_ever_move(config: ScheduleFile, policies: dict[int | None, Policy], estimator: str) -> frozenset[str]:
+    """Parameters that an estimator may move in some phase in which it acts."""
+    acts = [policy for phase, policy in policies.items() if estimator in acting_in(config.schedule, phase)]
+    return frozenset(name for policy in acts for name in policy.names(estimator))
 
 
 def acting_in(schedule: Schedule, phase: int | None) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Signals:
-    """Totals since the start of the run, and the latest loss."""
+    """Totals since the start of the run, and the latest step's loss."""
 
     step: int = 0
     """Steps taken."""
@@ -20,7 +20,7 @@ class Signals:
     seconds: float = 0.0
     """Time spent in steps."""
     loss: float | None = None
-    """Training loss of the latest step."""
+    """Training loss of the latest step; None before the first, and after one that evaluated nothing."""
 
     def updated(self, *, loss: float | None, **amounts: float) -> "Signals":
         """The signals after one more step, which took these amounts of tokens, forwards, ..."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.estimators import Backprop, StaleGradient
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
+from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.build import build_engine, with_engine_settings
@@ -25,13 +26,14 @@ from hybrid_opt.engines.update_rules import UpdateRule, build_rule
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.comparison import Compared
-from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, FollowsBackprop
+from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
 from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
-from hybrid_opt.scheduling.policy import acting_in, resolve_policies
+from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 
@@ -96,11 +98,10 @@ class HybridOptimizer:
         self._refuse_missing_gradient()
         self.engine = build_engine(model, self.config, self.policies.values(), engine, seed=seed)
         self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
-        acting = acting_names(self.config.schedule)
-        self.followers = {n: e for n, e in self.estimators.items() if isinstance(e, FollowsBackprop) and n in acting}
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
+        self.followers = self._followers()
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)
             for name, c in self.config.estimators.items()
@@ -136,9 +137,11 @@ class HybridOptimizer:
             begun = time.perf_counter()
             estimates[name], costs[name] = self._estimate(name, objective, batch, owned[name])
             durations[name] = time.perf_counter() - begun
-        compared = self._compared(estimates, owned)
+        gradient = next((name for name in plan if self.rules[name] is None), None)
+        if gradient is not None:
+            self.followers.show(estimates[gradient], owned[gradient])
+        compared = self._compared(gradient, estimates, owned)
         estimates |= compared
-        self._let_follow(estimates, owned)
         rates = {name: self.learning_rates[name](step) for name in plan}
         self.engine.apply(
             [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan],
@@ -156,7 +159,7 @@ class HybridOptimizer:
             weights=plan,
             costs=costs,
             learning_rates=rates,
-            loss=_loss_of_step(costs.values()),
+            loss=_loss(costs.values()),
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
@@ -187,9 +190,10 @@ class HybridOptimizer:
             ) from error
         return estimate, cost
 
-    def _compared(self, estimates: dict[str, Estimate], owned: dict[str, list[str]]) -> dict[str, Compared]:
+    def _compared(
+        self, gradient: str | None, estimates: dict[str, Estimate], owned: dict[str, list[str]]
+    ) -> dict[str, Compared]:
         """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same."""
-        gradient = next((name for name in estimates if self.rules[name] is None), None)
         if gradient is None:
             return {}
         return {
@@ -197,13 +201,6 @@ class HybridOptimizer:
             for name, estimate in estimates.items()
             if name != gradient and not set(owned[gradient]).isdisjoint(owned[name])
         }
-
-    def _let_follow(self, estimates: dict[str, Estimate], owned: dict[str, list[str]]) -> None:
-        """Show the gradient, if one was taken, to the estimators that learn from it."""
-        for name in estimates:
-            if self.rules[name] is None:
-                for follower in self.followers.values():
-                    follower.follow(self.engine, estimates[name], owned[name])
 
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
@@ -214,7 +211,7 @@ class HybridOptimizer:
         return self.policies[self.schedule.phase].names(name)
 
     def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
-        """Everything that the next step depends on: weights, optimizer, update rules, schedule and signals.
+        """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, schedule and signals.
 
         Args:
             folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
@@ -223,7 +220,7 @@ class HybridOptimizer:
             "layout": self.engine.layout(),
             "engine": self.engine.state_dict(folder),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
-            "followers": {name: follower.state_dict() for name, follower in self.followers.items()},
+            "estimators": self.followers.state_dict(),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
         }
@@ -234,10 +231,14 @@ class HybridOptimizer:
         for name, rule in self.rules.items():
             if rule is not None:
                 rule.load_state_dict(state["rules"][name])
-        for name, follower in self.followers.items():
-            follower.load_state_dict(state["followers"].get(name, {}))
+        self.followers.load_state_dict(state["estimators"])
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
+
+    def _followers(self) -> Followers:
+        acting = {name: self.estimators[name] for name in acting_names(self.config.schedule)}
+        may_move = {name: may_ever_move(self.config, self.policies, name) for name in acting}
+        return Followers(self.engine, acting, may_move)
 
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
@@ -280,17 +281,18 @@ def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | Non
     raise UserError(f"objective: expected losses(model, batch) -> Tensor (examples,), got {objective!r}")
 
 
-def _build_estimator(config) -> Estimator:
+def _build_estimator(config: EstimatorConfig) -> Estimator:
     match config:
+        case EvolutionStrategy():
+            return EsEstimator(config)
         case Backprop():
             return BackpropEstimator(config)
         case StaleGradient():
-            return StaleGradientEstimator(config)
-        case _:
-            return EsEstimator(config)
+            return StaleGradientEstimator()
 
 
-def _loss_of_step(costs: Iterable[Cost]) -> float | None:
+def _loss(costs: Iterable[Cost]) -> float | None:
+    """The loss of the part that says most of the weights themselves, which is backprop's."""
     evaluated = [cost for cost in costs if cost.loss is not None]
     return max(evaluated, key=lambda cost: cost.backwards).loss if evaluated else None
 

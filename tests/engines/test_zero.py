@@ -117,7 +117,6 @@ def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, n
         "alternate_with_sgd",
         "blend_with_adamw",
         "blend_with_sgd",
-        "turns_with_stale_gradients",
     ],
 )
 def test_schedules_with_backprop_are_the_local_engines_but_for_rounding(results, ranks, name):
@@ -132,6 +131,14 @@ def test_stages_1_and_2_give_the_same_bits(results, ranks):
     for name in ("alternate_with_adamw", "blend_with_sgd", "backprop_by_adamw"):
         found = results(ranks, name)
         assert found["1"] == found["2"]
+
+
+@pytest.mark.parametrize("name", ["turns", "turns, offloaded", "blend"])
+def test_each_ranks_part_of_a_stale_gradient_is_that_of_the_whole(results, name):
+    found = results(2, "stale_gradients")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 200 * ROUNDING
 
 
 # ------------------------------------------------------------ narrow weights
@@ -163,6 +170,16 @@ def test_a_step_that_overflows_is_skipped_and_training_goes_on(results):
         assert not any(skipped[-3:]), name
         assert found["losses"][-1] < found["losses"][0], name
         assert found["disagree"] == 0.0, name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_overflowed_is_not_applied_again(results, stage):
+    found = results(2, "gradients_that_overflow_are_not_stale")[stage]
+    assert found["finite"]
+    taken = [after == before for before, after in zip([2.0**19, *found["scales"]], found["scales"], strict=False)][::2]
+    assert (taken[0], taken[-1]) == (False, True)
+    assert found["moved"][2::2] == taken[1:]
+    assert found["moved"][1::2] == [any(taken[: turn + 1]) for turn in range(len(taken))]
 
 
 @pytest.mark.parametrize("kind", ["float32", "bf16"])
@@ -319,6 +336,7 @@ def test_the_estimate_does_not_depend_on_the_number_of_ranks(results, name, stag
         "es with momentum",
         "adam es beside backprop, norms frozen",
         "bf16 alternate with momentum",
+        "stale gradients",
         "bf16 by groups",
     ],
 )

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -42,11 +43,14 @@ BACKPROP = {"type": "backprop", "gradient_clipping": 0.5}
 # AdamW's first steps have the gradient's sign alone, so where it is nearly 0 its rounding decides; not so with this eps.
 ADAMW = {**BACKPROP, "learning_rate": 0.01, "optimizer_arguments": {"eps": 1e-3}}
 SGD = {**BACKPROP, "learning_rate": 0.1, "optimizer": "SGD", "optimizer_arguments": {"momentum": 0.9}}
+STALE = {"type": "stale_gradient", "learning_rate": 0.02, "update": {"type": "momentum"}}
 ONLY_ES = {"type": "single", "estimator": "es"}
 ONLY_BACKPROP = {"type": "single", "estimator": "backprop"}
 ALTERNATE = {"type": "alternate", "pattern": {"es": 2, "backprop": 1}}
 TURNS = {"type": "alternate", "pattern": {"es": 1, "backprop": 1}}
 BLEND = {"type": "blend", "weights": {"es": 0.3, "backprop": 0.7}}
+STALE_TURNS = {"type": "alternate", "pattern": {"backprop": 1, "stale": 2}}
+STALE_BLEND = {"type": "blend", "weights": {"stale": 0.3, "backprop": 0.7}}
 ATTENTION, MLP = {"match": "attn", "use": ["backprop"]}, {"match": "mlp", "use": ["backprop"]}
 REST_ES, REST_FROZEN = {"match": ".*", "use": ["es"]}, {"match": ".*", "use": "frozen"}
 
@@ -67,8 +71,10 @@ def scenario(*world_sizes: int):
 
 
 def schedule_file(schedule: dict, *, es: dict = ES, backprop: dict = ADAMW, policy: list | None = None) -> dict:
-    """A schedule file with those of the two estimators that the schedule names."""
-    estimators = {n: c for n, c in (("es", es), ("backprop", backprop)) if f'"{n}"' in json.dumps(schedule)}
+    """A schedule file with those of the estimators that the schedule names."""
+    estimators = {
+        n: c for n, c in (("es", es), ("backprop", backprop), ("stale", STALE)) if f'"{n}"' in json.dumps(schedule)
+    }
     return {"estimators": estimators, "schedule": schedule} | ({"policy": policy} if policy else {})
 
 
@@ -158,11 +164,18 @@ def difference(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -
     return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
 
 
+def furthest(losses: list[float | None], others: list[float | None]) -> float:
+    """Largest difference of two runs' losses; steps that evaluate nothing have none in both."""
+    assert [a is None for a in losses] == [b is None for b in others]
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True) if a is not None)
+
+
 def compared(result: Run, reference: Run) -> dict:
     """How far a run is from the reference."""
-    pairs = zip(result.losses, reference.losses, strict=True)
-    losses = [abs(a - b) for a, b in pairs if (a, b) != (None, None)]  # stale gradients evaluate nothing
-    return {"losses": max(losses), "weights": difference(result.weights(), reference.weights())}
+    return {
+        "losses": furthest(result.losses, reference.losses),
+        "weights": difference(result.weights(), reference.weights()),
+    }
 
 
 def at_all_stages(
@@ -252,12 +265,20 @@ def blend_with_sgd(folder):
     return at_all_stages(schedule_file(BLEND, es=DENSE, backprop=SGD))
 
 
-@scenario(1, 2)
-def turns_with_stale_gradients(folder):
-    stale = {"type": "stale_gradient", "learning_rate": 0.05}
-    return at_all_stages(
-        schedule_file({"type": "alternate", "pattern": {"backprop": 1, "es": 2}}, es=stale, backprop=SGD), steps=6
-    )
+@scenario(2)
+def stale_gradients(folder):
+    """Where backprop moves the attention and the embedding, and the gradient comes again for all but the embedding."""
+    policy = [
+        {"match": "attn", "use": ["backprop", "stale"]},
+        {"match": "embed", "use": ["backprop"]},
+        {"match": ".*", "use": ["stale"]},
+    ]
+    turns = schedule_file(STALE_TURNS, backprop=SGD, policy=policy)
+    return {
+        "turns": at_all_stages(turns, steps=5),
+        "turns, offloaded": at_all_stages(turns, steps=5, settings={"offload_optimizer": CPU}),
+        "blend": at_all_stages(schedule_file(STALE_BLEND, backprop=SGD)),
+    }
 
 
 # ------------------------------------------------------------ 2 and 3: narrow weights
@@ -326,6 +347,25 @@ def overflowing_steps(folder):
                 result[f"{name} {stage} {'offloaded' if offload else 'on the device'}"] = {
                     "moved": moved, "scales": scales, "losses": done.losses, "disagree": copies_disagree(done.engine),
                 }  # fmt: skip
+    return result
+
+
+@scenario(2)
+def gradients_that_overflow_are_not_stale(folder):
+    """Turns of backprop and its stale gradient from such a scale: what moved in which step, and the scale after it."""
+    result = {}
+    settings = {"fp16": {"initial_scale_power": 19, "hysteresis": 1, "loss_scale_window": 1000}}
+    schedule = {"type": "alternate", "pattern": {"backprop": 1, "stale": 1}}
+    for stage in STAGES:
+        scales, masters = [], []
+
+        def after(run, scales=scales, masters=masters):
+            scales.append(run.engine.loss_scale)
+            masters.append([shard.data.clone() for shard in run.engine.shards(run.engine.movable)])
+
+        done = run(schedule_file(schedule), zero(stage, folder, settings, fp16=True), steps=10, after=after)
+        moved = [done.engine.ranks.any(not all_equal(a, b)) for a, b in pairwise(masters)]
+        result[str(stage)] = {"moved": [None, *moved], "scales": scales, "finite": done.engine.is_finite()}
     return result
 
 
@@ -672,7 +712,7 @@ def interrupted(file: dict, engine: Callable, folder: Path, *, at: int, steps: i
     second.take(steps - at)
     second.engine.leave()
     return {
-        "losses": max(abs(a - b) for a, b in zip(second.losses, whole.losses[at:], strict=True)),
+        "losses": furthest(second.losses, whole.losses[at:]),
         "weights": difference(second.weights(), whole.weights()),
     }
 
@@ -692,6 +732,7 @@ def resumed(folder):
         "es with momentum": (schedule_file(ONLY_ES, es=momentum), {}),
         "adam es beside backprop, norms frozen": (schedule_file(BLEND, es=adam, policy=attention_es), {}),
         "bf16 alternate with momentum": (schedule_file(ALTERNATE, es=momentum), {"bf16": True}),
+        "stale gradients": (schedule_file(STALE_TURNS), {}),
         "bf16 by groups": (schedule_file(BLEND, es=momentum, policy=attention_es), {"bf16": True}),
         "bf16 by groups, rounded at random": (schedule_file(BLEND, es=momentum, policy=attention_es), rounded),
     }
