@@ -23,8 +23,9 @@ class Compared:
 
     def __init__(self, estimate: Estimate, reference: Estimate, names: Collection[str]):
         self.estimate, self.reference, self.names = estimate, reference, names
-        self.products = torch.zeros(3, dtype=torch.float64)
-        """Inner products: of estimate and reference, of the estimate with itself, of the reference with itself."""
+        self.products: list[Tensor] = []
+        """For each shard, on its device, inner products: of estimate and reference, of the estimate with itself, of the reference
+        with itself."""
 
     def read(self, shard: Shard) -> Tensor:
         """See `Estimate.read`."""
@@ -36,13 +37,14 @@ class Compared:
             self.estimate.add_to(out, shard, factor)
             return
         own, other = self.estimate.read(shard), self.reference.read(shard)
-        self.products += torch.stack([own.dot(other), own.dot(own), other.dot(other)]).double().cpu()
+        self.products.append(torch.stack([own.dot(other), own.dot(own), other.dot(other)]))
         out.add_(own, alpha=factor)
 
     def statistics(self, ranks: Ranks) -> dict[str, float]:
         """`cosine`, of the angle between the two, and `rho2 = cosine^2`, the share of the reference's energy that lies along the
         estimate; nothing where one of them is zero. All ranks ask together."""
-        both, own, other = ranks.gather(self.products).sum(dim=0).tolist()
+        mine = torch.stack(self.products or [torch.zeros(3)]).cpu().double().sum(dim=0)  # fetched from the device once
+        both, own, other = ranks.gather(mine).sum(dim=0).tolist()
         if not own * other:
             return {}
         return {"cosine": both / (own * other) ** 0.5, "rho2": both**2 / (own * other)}

@@ -46,8 +46,10 @@ class UpdateNorms:
         squares = {
             shard.name: _square(_sample(shard), self.seen[shard.name]) for shard in self.engine.shards(self.movers)
         }
-        names, nothing = list(self.movers), torch.zeros(2)
-        own = torch.stack([squares.get(name, nothing).cpu() for name in names]).double()
+        names, device = list(self.movers), self.engine.device
+        nothing = torch.zeros(2)
+        # Fetched from the device once, not once a parameter.
+        own = torch.stack([squares.get(name, nothing).to(device) for name in names]).cpu().double()
         norms: dict[str, dict[str, float]] = {}
         for name, (total, count) in zip(names, self.engine.ranks.gather(own).sum(dim=0).tolist(), strict=True):
             layers = norms.setdefault("+".join(self.movers[name]), {})
