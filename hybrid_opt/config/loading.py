@@ -6,7 +6,7 @@ override is checked exactly as if it stood in the file. Next: `explaining.py`, t
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,19 +142,25 @@ def load_run_and_source(path: str | Path, overrides: Sequence[str], schedule: st
 
 
 def load_changed(
-    path: str | Path, changes: Sequence[Change], *, said_in: str = "command line", beside: Sequence[Path] = ()
+    path: str | Path,
+    changes: Sequence[Change],
+    *,
+    said_in: str = "command line",
+    beside: Sequence[Path] = (),
+    read: Callable[[Path], dict[str, Any]] = read_yaml,
 ) -> tuple[RunFile, Source]:
     """A run file with changes, made one after the other; a whole new schedule undoes earlier changes of the schedule.
 
     Args:
         said_in: what to name in messages as the origin of the changes.
+        read: gives the mapping in a YAML file, which stays as it is.
         beside: folders in which to look for files, beside the current one and the run file's.
 
     Raises:
         UserError: naming the file and the key, or the change, that is wrong.
     """
     path = Path(path)
-    document, folders = read_yaml(path), [*beside, path.parent]
+    document, folders = copy.deepcopy(read(path)), [*beside, path.parent]
     last = max((i for i, (keys, _) in enumerate(changes) if keys == ["schedule"]), default=-1)
     chosen = changes[last][1] if last >= 0 else document.get("schedule")
     changes = [c for i, c in enumerate(changes) if c[0] != ["schedule"] and (i > last or c[0][0] != "schedule")]
@@ -164,7 +170,7 @@ def load_changed(
             schedule_path = find_schedule(chosen, *folders)
         except UserError as error:
             raise UserError(f"{path if last < 0 else said_in}: {error}") from None
-        chosen = read_yaml(schedule_path)
+        chosen = read(schedule_path)
     if chosen is not None:
         document["schedule"] = copy.deepcopy(chosen)
     for keys, value in changes:

@@ -3,6 +3,7 @@
 One idea: everything is known before anything is run, so what is wrong with the last arm is found in the first second.
 """
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from hybrid_opt.config.loading import Change, load_changed
+from hybrid_opt.config.loading import Change, load_changed, read_yaml
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.study import BaselineName, Changes, StudyBudget, StudyFile, is_field
 from hybrid_opt.errors import UserError, did_you_mean
@@ -44,6 +45,11 @@ class Cell:
         """Folder within the study's."""
         return Path(slug(self.task), slug(self.budget.label), slug(self.arm.name))
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What identifies it in tables."""
+        return {"task": self.task, "budget": self.budget.label, "arm": self.arm.name}
+
     def changed(self, *changes: Change) -> "Cell":
         """The same cell with further changes."""
         return replace(self, changes=(*self.changes, *changes))
@@ -63,6 +69,7 @@ class StudyPlan:
     def __init__(self, study: StudyFile, path: Path):
         self.study, self.path = study, path
         self.base = _find_base(study.base, path)
+        self.read = functools.cache(read_yaml)  # a study goes on for hours, and a file may be edited meanwhile
         self.arms = arms_of(study)
         self.tasks = list(study.tasks) or [self.base.stem]
         self._refuse_namesakes([arm.name for arm in self.arms], "arms")
@@ -126,7 +133,8 @@ class StudyPlan:
             raise UserError(f"{self.path}: {error}") from None
 
     def _load(self, changes: Sequence[Change], who: str) -> RunFile:
-        return load_changed(self.base, changes, said_in=f"{self.path}: {who}", beside=[self.path.parent])[0]
+        said_in, beside = f"{self.path}: {who}", [self.path.parent]
+        return load_changed(self.base, changes, said_in=said_in, beside=beside, read=self.read)[0]
 
     def _refuse_namesakes(self, names: Sequence[str], key: str) -> None:
         folders: dict[str, str] = {}

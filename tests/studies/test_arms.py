@@ -123,6 +123,15 @@ def test_rungs_that_do_not_suit_an_arm_are_left_out(plan_of):
     assert "last-1" in rungs["base"][1]
 
 
+def test_files_are_read_once_so_a_study_does_not_change_while_it_runs(plan_of, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(hybrid({"type": "single", "estimator": "es"})))
+    plan = plan_of(arms={"base": {}, "mine": {"schedule": "mine.yaml"}})
+    before = runs_of(plan)
+    (tmp_path / "base.yaml").write_text("edited: meanwhile")
+    (tmp_path / "mine.yaml").write_text("edited: meanwhile")
+    assert runs_of(plan) == before
+
+
 # ---------------------------------------------------------------- baselines
 
 
