@@ -1,6 +1,7 @@
 """Shared pieces: small real models, and a run file on real data."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a mistake
@@ -130,6 +131,19 @@ def run_document(output: Path, **changes) -> dict:
         "output": str(output),
     }
     return {**document, **changes}
+
+
+def interrupt_after(trainer, step: int) -> None:
+    """Let this process get a Ctrl-C as soon as the trainer has taken a step."""
+    take_step = trainer.optimizer.step
+
+    def step_and_interrupt(batch):
+        report = take_step(batch)
+        if report.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    trainer.optimizer.step = step_and_interrupt
 
 
 @pytest.fixture

@@ -57,6 +57,11 @@ class LearningRateGrid(Strict):
     seed: NonNegativeInt | None = None
     """Seed of the search's runs; null: one more than the highest of the study's, so that no seed is both chosen by and reported."""
 
+    @property
+    def tries(self) -> int:
+        """Runs of the search for each arm."""
+        return len(self.factors)
+
 
 class LearningRateSampling(Strict):
     """Every arm tries as many factors, which optuna chooses (extra `search`), and keeps the one with the lowest loss."""
@@ -70,6 +75,11 @@ class LearningRateSampling(Strict):
     """Highest factor; they are drawn evenly in their logarithm at first."""
     seed: NonNegativeInt | None = None
     """As for the grid."""
+
+    @property
+    def tries(self) -> int:
+        """Runs of the search for each arm."""
+        return self.trials
 
     @model_validator(mode="after")
     def _low_is_lower(self):

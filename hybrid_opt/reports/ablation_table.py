@@ -5,20 +5,13 @@ One idea: what the intervals cannot tell apart is said to be not told apart. All
 
 from typing import Any
 
+from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
 from hybrid_opt.reports.content import Column, Table
 from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.records import Study
-from hybrid_opt.reports.wording import count, known, number, size, with_interval
+from hybrid_opt.reports.wording import known, number, size, with_interval
 
-COSTS = (
-    Column("steps", "steps", count),
-    Column("seconds", "seconds", number),
-    Column("forwards", "forwards", count),
-    Column("backwards", "backwards", count),
-    Column("forward_equivalents", "forward-equivalents", count),
-    Column("tokens", "tokens", count),
-    Column("peak_memory_bytes", "peak memory", size),
-)
+COSTS = (STEPS, SECONDS, *AMOUNTS, Column("peak_memory_bytes", "peak memory", size))
 
 
 def ablation_table(study: Study, task: str, budget: str, name: str) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hybrid_opt.reports.content import Group, Key, Plot, Series
 from hybrid_opt.reports.keys import actor_keys
 from hybrid_opt.reports.records import Run, Step
-from hybrid_opt.reports.thinning import bin_size, thinned, thinning_note
+from hybrid_opt.reports.thinning import bin_size, bins_of, thinned, thinning_note
 from hybrid_opt.reports.wording import known
 
 EACH = "The most memory used during each step, by who acted."
@@ -43,6 +43,6 @@ def memory_of_arms(runs: dict[str, Run], keys: dict[str, Key], name: str) -> Plo
 
 def _most(key: Key, steps: Sequence[Step]) -> Series:
     size = bin_size(len(steps), most=80)
-    bins = [steps[start : start + size] for start in range(0, len(steps), size)]
+    bins = bins_of(steps, size)
     peaks = tuple(max(step.peak_memory_bytes for step in part) / 1e6 for part in bins)
     return Series(key, tuple(part[0].number + 1.0 for part in bins), peaks)

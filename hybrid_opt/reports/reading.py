@@ -1,4 +1,4 @@
-"""From the folder of a run or a study to plain values: the only file that knows their files' names. Next: `content.py`.
+"""From the folder of a run or a study to plain values. Next: `content.py`.
 
 One idea: a run under way, an interrupted one and one from an older version are read like a finished one; what they lack is
 said in `remarks`.
@@ -10,11 +10,9 @@ from typing import Any
 from hybrid_opt.errors import UserError
 from hybrid_opt.reports.files import read_csv, read_lines, read_mapping, read_text
 from hybrid_opt.reports.records import Evaluation, Run, Step, Study, StudyRun
+from hybrid_opt.studies.study_folder import StudyFolder
+from hybrid_opt.training.run_folder import RunFolder
 
-RUN_FILES = ("metrics.jsonl", "summary.json", "run.yaml")
-"""Any of them makes a folder a run."""
-
-STUDY_FILE = "study.json"
 KEYS = ("task", "budget", "arm")
 
 
@@ -27,12 +25,14 @@ def read_folder(folder: Path) -> Run | Study:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "no such folder"
         raise UserError(f"{folder}: {what}; give the folder that `train` or `ablate` wrote (`output` in its file)")
-    if (folder / STUDY_FILE).exists():
+    run, study = RunFolder(folder), StudyFolder(folder)
+    of_a_run = (run.metrics, run.summary, run.config)
+    if study.index.exists():
         return read_study(folder)
-    if any((folder / name).exists() for name in RUN_FILES):
+    if any(path.exists() for path in of_a_run):
         return read_run(folder)
     raise UserError(
-        f"{folder}: neither a run (it has none of {', '.join(RUN_FILES)}) nor a study (it has no {STUDY_FILE}); "
+        f"{folder}: neither a run (it has none of {', '.join(path.name for path in of_a_run)}) nor a study (it has no {study.index.name}); "
         "give the folder that `train` or `ablate` wrote (`output` in its file)"
     )
 
@@ -42,14 +42,15 @@ def read_folder(folder: Path) -> Run | Study:
 
 def read_run(folder: Path) -> Run:
     """The run in a folder, whatever it has recorded so far."""
-    lines, cut = read_lines(folder / "metrics.jsonl")
+    files = RunFolder(folder)
+    lines, cut = read_lines(files.metrics)
     evaluations = read_evaluations(folder)
-    steps = tuple(_step(row, folder / "metrics.jsonl", number) for number, row in enumerate(lines, 1))
-    summary, machine = read_mapping(folder / "summary.json"), read_mapping(folder / "machine.json")
-    config_text = read_text(folder / "run.yaml") or ""
+    steps = tuple(_step(row, files.metrics, number) for number, row in enumerate(lines, 1))
+    summary, machine = read_mapping(files.summary), read_mapping(files.machine)
+    config_text = read_text(files.config) or ""
     return Run(
         title=folder.resolve().name,
-        config=read_mapping(folder / "run.yaml"),
+        config=read_mapping(files.config),
         config_text=config_text,
         machine=machine,
         steps=steps,
@@ -77,7 +78,7 @@ def _remarks(summary, machine, config_text, lines, cut):
 
 def read_evaluations(folder: Path) -> tuple[Evaluation, ...]:
     """All evaluations of a run."""
-    path = folder / "evaluations.jsonl"
+    path = RunFolder(folder).evaluations
     rows, _ = read_lines(path)
     return tuple(_evaluation(row, path, number) for number, row in enumerate(rows, 1))
 
@@ -112,13 +113,14 @@ def _need(row: dict[str, Any], name: str, path: Path, line: int) -> Any:
 
 def read_study(folder: Path) -> Study:
     """The study in a folder, with as many of its runs as there are so far."""
-    path = folder / STUDY_FILE
+    files = StudyFolder(folder)
+    path = files.index
     index = read_mapping(path)
     for name in ("tasks", "budgets", "arms", "seeds", "runs"):
         if not isinstance(index.get(name), list):
             raise UserError(f"{path}: no list {name!r}; run the study again to write the file anew")
-    summary, results = read_csv(folder / "summary.csv", texts=KEYS), read_csv(folder / "results.csv", texts=KEYS)
-    missing = [name for name, rows in (("summary.csv", summary), ("results.csv", results)) if not rows]
+    summary, results = read_csv(files.summary, texts=KEYS), read_csv(files.results, texts=KEYS)
+    missing = [file.name for file, rows in ((files.summary, summary), (files.results, results)) if not rows]
     return Study(
         title=index.get("title") or folder.resolve().name,
         description=index.get("description") or "",
@@ -130,7 +132,7 @@ def read_study(folder: Path) -> Study:
         details=_details(folder, index["runs"]),
         summary=tuple(summary),
         results=tuple(results),
-        config_text=read_text(folder / "study.yaml") or "",
+        config_text=read_text(files.study) or "",
         remarks=tuple(f"{name} has no rows yet: the study has not finished a run." for name in missing),
     )
 
@@ -152,6 +154,6 @@ def _details(folder: Path, runs: list[dict[str, Any]]) -> dict[tuple[str, str, s
     found: dict[tuple[str, str, str], Run] = {}
     for row in sorted(runs, key=lambda row: row["status"] != "finished"):
         key = tuple(row[name] for name in KEYS)
-        if key not in found and (folder / row["folder"] / "metrics.jsonl").exists():
+        if key not in found and RunFolder(folder / row["folder"]).metrics.exists():
             found[key] = read_run(folder / row["folder"])
     return found

@@ -5,6 +5,7 @@ One idea: a section stands in every report, and says in a sentence why it is emp
 
 from typing import Any
 
+from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
 from hybrid_opt.reports.content import Column, Group, Report, Section, Table
 from hybrid_opt.reports.es_statistics import MEANING, panels_of_run, what_is_absent
 from hybrid_opt.reports.keys import actor_keys
@@ -15,16 +16,13 @@ from hybrid_opt.reports.records import Run
 from hybrid_opt.reports.thinning import bin_size, thinning_note
 from hybrid_opt.reports.timeline import timeline_of_run
 from hybrid_opt.reports.update_norms import norms_panel
-from hybrid_opt.reports.wording import count, duration, known, measure, number, signed, size
+from hybrid_opt.reports.wording import count, duration, known, measure, signed, size
 
 SHARES = (
     Column("estimator", "estimator", numeric=False),
-    Column("steps", "steps", count),
-    Column("forwards", "forwards", count),
-    Column("backwards", "backwards", count),
-    Column("forward_equivalents", "forward-equivalents", count),
-    Column("tokens", "tokens", count),
-    Column("seconds", "seconds", number),
+    STEPS,
+    *AMOUNTS,
+    SECONDS,
     Column("loss_decrease", "loss decrease", signed),
 )
 NO_STEPS = "No step has been recorded yet."

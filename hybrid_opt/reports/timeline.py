@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from hybrid_opt.reports.content import Group, Lane, Timeline
 from hybrid_opt.reports.keys import actor_keys, arm_keys
 from hybrid_opt.reports.records import Run, Step
-from hybrid_opt.reports.thinning import bin_size
+from hybrid_opt.reports.thinning import bin_size, bins_of
 
 BINS = 300
 """Bars of a lane at most; a third of it where many lanes share a panel."""
@@ -34,7 +34,7 @@ def timeline_of_arms(runs: dict[str, Run], reference: str | None, arms: Iterable
 
 def _lane(steps: tuple[Step, ...], name: str, label: str, key, bins: int = BINS) -> Lane:
     size = bin_size(len(steps), most=bins)
-    bins = [steps[start : start + size] for start in range(0, len(steps), size)]
+    bins = bins_of(steps, size)
     weights = [sum(abs(step.weights.get(name, 0.0)) for step in part) / len(part) for part in bins]
     edges = [float(part[0].number) for part in bins] + [steps[-1].number + 1.0]
     most = max((abs(step.weights.get(name, 0.0)) for step in steps), default=0.0)

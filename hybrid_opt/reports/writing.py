@@ -16,8 +16,6 @@ from hybrid_opt.reports.records import Run
 from hybrid_opt.reports.run_sections import report_of_run
 from hybrid_opt.reports.study_sections import report_of_study
 
-FORMATS = ("html", "md", "json", "png")
-
 
 def write_report(folder: str | Path, kind: str = "html", output: str | Path | None = None) -> Path:
     """Write a report on the run or the study in a folder, and say where.

@@ -75,7 +75,8 @@ class Ablation:
 
     def run(self) -> bool:
         """Whether every run was made (if not, it was interrupted)."""
-        if not (self.folder.path / "results.csv").exists():  # those of an earlier process are still right
+        self.folder.write_study(self.study.model_dump(mode="json", exclude_none=True))
+        if not self.folder.results.exists():  # those of an earlier process are still right
             self._record()
         with stop_requests(self.say) as requested:
             self.stop = Stop(requested)
@@ -202,23 +203,22 @@ class Ablation:
         """Write what is known by now."""
         rows = list(self._rows())
         write_results(rows, self.folder.path)
-        cells = [(cell.task, cell.budget.label, cell.arm.name) for cell in self.plan.cells]
+        cells = [tuple(cell.names.values()) for cell in self.plan.cells]
         summaries = summarise(rows, cells, self.study.reference)
         for summary, cell in zip(summaries, self.plan.cells, strict=True):
             own = (self.outcomes[cell.place, seed] for seed in self.study.seeds)
             summary["failed"] = sum(outcome.status == "failed" for outcome in own)
-        write_csv(summaries, SUMMARY_COLUMNS, self.folder.path / "summary.csv")
+        write_csv(summaries, SUMMARY_COLUMNS, self.folder.summary)
         self.summaries = summaries
-        self.folder.write(self.study.model_dump(mode="json", exclude_none=True), self._index())
+        self.folder.write_index(self._index())
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for (place, seed), outcome in self.outcomes.items():
             if outcome.summary:
                 self.metric = self.metric or next((m for m in outcome.summary["after"] if m != "loss"), None)
                 chosen = self.chosen[place]
-                cell = {"task": chosen.cell.task, "budget": chosen.cell.budget.label, "arm": chosen.cell.arm.name}
                 found = {"seed": seed, "learning_rate_factor": chosen.factor, "fitted": chosen.fitted}
-                yield result_row(outcome.summary, self.metric, **cell, **found)
+                yield result_row(outcome.summary, self.metric, **chosen.cell.names, **found)
 
     def errors(self) -> dict[str, list[str]]:
         """Why runs failed, and which."""
@@ -241,9 +241,7 @@ class Ablation:
             "seeds": list(self.study.seeds),
             "runs": [
                 {
-                    "task": self.chosen[place].cell.task,
-                    "budget": self.chosen[place].cell.budget.label,
-                    "arm": self.chosen[place].cell.arm.name,
+                    **self.chosen[place].cell.names,
                     "seed": seed,
                     "folder": str(self._folder(place, seed).relative_to(self.folder.path)),
                     "status": outcome.status,
@@ -274,7 +272,7 @@ def _seed(search: Any, seeds: tuple[int, ...]) -> int:
 
 
 def _named(cell: Cell) -> str:
-    return f"{cell.task}, {cell.budget.label}, {cell.arm.name}"
+    return ", ".join(cell.names.values())
 
 
 def _told(outcome: Outcome) -> str:

@@ -11,12 +11,11 @@ One idea: the same command on the same folder goes on with the study, so the fol
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.training.run_folder import dump_yaml
+from hybrid_opt.training.run_folder import REPORTS, dump_yaml, remove_entries
 
 try:
     import fcntl
@@ -25,7 +24,7 @@ except ImportError:  # Windows
 
 CONTENTS = (
     *("study.yaml", "study.json", "results.csv", "results.parquet", "summary.csv", "lock", "runs", "fit", "search"),
-    *("report.html", "report.md", "report.json", "report.png"),
+    *REPORTS,
 )
 
 
@@ -34,6 +33,8 @@ class StudyFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
+        self.study, self.index = self.path / "study.yaml", self.path / "study.json"
+        self.results, self.summary = self.path / "results.csv", self.path / "summary.csv"
         self.runs, self.fit, self.search = (self.path / name for name in ("runs", "fit", "search"))
 
     def take(self, *, overwrite: bool = False) -> int | None:
@@ -55,17 +56,16 @@ class StudyFolder:
         except OSError as error:
             raise UserError(f"output: {self.path} cannot be written to: {error.strerror}") from None
         if overwrite:
-            self._empty()
+            remove_entries(self.path, (name for name in CONTENTS if name != "lock"))
         return lock
 
-    def write(self, study: dict[str, Any], index: dict[str, Any]) -> None:
-        """The resolved study, and how its runs stand."""
-        (self.path / "study.yaml").write_text(dump_yaml(study), encoding="utf-8")
-        self.write_index(index)
+    def write_study(self, study: dict[str, Any]) -> None:
+        """The resolved study."""
+        self.study.write_text(dump_yaml(study), encoding="utf-8")
 
     def write_index(self, index: dict[str, Any]) -> None:
         """How the runs stand."""
-        (self.path / "study.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self.index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _lock(self) -> int | None:
         if fcntl is None:
@@ -79,11 +79,3 @@ class StudyFolder:
                 "for it, or choose another folder"
             ) from None
         return self._file.fileno()
-
-    def _empty(self) -> None:
-        for name in CONTENTS:
-            entry = self.path / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            elif name != "lock":
-                entry.unlink(missing_ok=True)

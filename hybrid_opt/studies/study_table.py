@@ -21,7 +21,7 @@ def arms_table(plan: StudyPlan) -> Table:
 def count_line(plan: StudyPlan) -> str:
     """How many runs there are, and how long they take at the least."""
     study, cells = plan.study, len(plan.cells)
-    tried = len(getattr(study.learning_rates, "factors", ())) or getattr(study.learning_rates, "trials", 0)
+    tried = study.learning_rates.tries if study.learning_rates else 0
     each = len(study.seeds) + tried
     tasks, budgets = ", ".join(plan.tasks), ", ".join(budget.label for budget in study.budgets)
     line = f"{cells * len(study.seeds)} runs: {len(plan.arms)} arms, tasks {tasks}, budgets {budgets}, seeds {list(study.seeds)}"

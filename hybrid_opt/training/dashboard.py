@@ -16,6 +16,7 @@ from rich.text import Text
 
 from hybrid_opt.config.run import Budget
 from hybrid_opt.training.dashboard_lines import dashboard_lines
+from hybrid_opt.training.metrics import measures_of
 from hybrid_opt.training.progress import Display, Lines, Silence, evaluation_line
 from hybrid_opt.training.run_so_far import Clock, RunSoFar
 
@@ -65,7 +66,7 @@ class Dashboard:
         for row in metrics:
             self.run.add(row)
         for row in evaluations:
-            self.run.add_evaluation(row["step"], _measures(row))
+            self.run.add_evaluation(row["step"], measures_of(row))
         self.run.step, self.run.steps = step, steps
         self.clock = Clock(time.monotonic(), fresh=step == 0)
         self._open()
@@ -152,10 +153,3 @@ class Dashboard:
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _measures(row: dict[str, Any]) -> dict[str, float]:
-    """A line of `evaluations.jsonl` without what the run had taken until then."""
-    return {
-        name: value for name, value in row.items() if name not in ("step", "seconds", "tokens", "forward_equivalents")
-    }

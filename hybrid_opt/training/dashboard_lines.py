@@ -164,10 +164,10 @@ def _columns_of(run: RunSoFar) -> dict[str, Cell]:
     """Titles from left to right, and what stands below them."""
     statistics = dict.fromkeys(name for e in run.estimators.values() for name in e.statistics)
     return {
-        "steps": lambda e: f"{e.steps:,}",
-        "forwards": lambda e: f"{e.forwards:,}",
-        "backwards": lambda e: f"{e.backwards:,}",
-        "seconds": lambda e: f"{e.seconds:,.1f}",
+        "steps": lambda e: f"{e.totals.steps:,}",
+        "forwards": lambda e: f"{e.totals.forwards:,}",
+        "backwards": lambda e: f"{e.totals.backwards:,}",
+        "seconds": lambda e: f"{e.totals.seconds:,.1f}",
         "lr": lambda e: f"{e.learning_rate:.2g}",
         "loss": lambda e: "" if e.loss is None else number(e.loss),
         **{SHORT.get(name, name.replace("_", " ")): _statistic(name) for name in statistics},

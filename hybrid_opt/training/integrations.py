@@ -14,6 +14,7 @@ from transformers.integrations import integration_utils
 
 from hybrid_opt.config.reporting import reporters
 from hybrid_opt.errors import UserError
+from hybrid_opt.training.metrics import TOTALS
 from hybrid_opt.training.run_folder import RunFolder
 
 OF_A_STEP = (
@@ -27,8 +28,6 @@ OF_A_STEP = (
     "peak_memory_bytes",
 )
 """What is reported of each line of `metrics.jsonl`, beside what belongs to an estimator."""
-TOTALS = ("tokens", "seconds", "forward_equivalents")
-"""What is reported as a total since the start of the run, too: `total_tokens`, ..."""
 
 
 class Integrations:

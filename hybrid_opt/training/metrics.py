@@ -5,6 +5,9 @@ from typing import Any
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.training.hybrid_optimizer import StepReport
 
+TOTALS = ("seconds", "tokens", "forward_equivalents")
+"""What an evaluation's line says beside its measures: what the steps have taken until then."""
+
 
 def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, dict[str, float]]) -> dict[str, Any]:
     """The line of a step.
@@ -46,5 +49,9 @@ def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, di
 
 def evaluation_row(step: int, measures: dict[str, float], signals: Signals) -> dict[str, Any]:
     """The line of an evaluation that was made after `step` steps, with what the steps have taken so far."""
-    amounts = {name: getattr(signals, name) for name in ("seconds", "tokens", "forward_equivalents")}
-    return {"step": step, **measures, **amounts}
+    return {"step": step, **measures, **{name: getattr(signals, name) for name in TOTALS}}
+
+
+def measures_of(row: dict[str, Any]) -> dict[str, float]:
+    """The measures in the line of an evaluation."""
+    return {name: value for name, value in row.items() if name not in ("step", *TOTALS)}

@@ -17,6 +17,7 @@ One idea: a folder is only ever written to by a run that began with it empty, un
 import json
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import yaml
 from hybrid_opt.config.loading import YAML_12_FLOAT
 from hybrid_opt.errors import UserError
 
+REPORTS = ("report.html", "report.md", "report.json", "report.png")
 CONTENTS = (
     "run.yaml",
     "machine.json",
@@ -36,10 +38,7 @@ CONTENTS = (
     "curves.png",
     "model",
     "adapter",
-    "report.html",
-    "report.md",
-    "report.json",
-    "report.png",
+    *REPORTS,
 )
 
 TRIAL = ".hybrid-opt-"
@@ -58,11 +57,23 @@ def dump_yaml(document: dict[str, Any]) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def remove_entries(folder: Path, names: Iterable[str]) -> None:
+    """Remove these files and folders, as far as they are there."""
+    for name in names:
+        entry = folder / name
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
 class RunFolder:
     """Paths and writers of a run folder."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
+        self.config = self.path / "run.yaml"
+        self.machine = self.path / "machine.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -104,20 +115,15 @@ class RunFolder:
     def prepare(self) -> None:
         """Make the folder, without anything that an earlier run left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for name in CONTENTS:
-            entry = self.path / name
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink(missing_ok=True)
+        remove_entries(self.path, CONTENTS)
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""
-        (self.path / "run.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        self.config.write_text(dump_yaml(config), encoding="utf-8")
 
     def write_machine(self, machine: dict[str, Any]) -> None:
         """What `describe_machine` found, as JSON."""
-        (self.path / "machine.json").write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+        self.machine.write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The summary as JSON."""
@@ -129,8 +135,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote; empty if nothing was."""
-        path = self.path / "run.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
 
     def append(self, path: Path, row: dict[str, Any]) -> None:
         """One JSON line at the end of a file."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_opt.config.run import Budget
+from hybrid_opt.training.summary import Share
 
 POINTS = 512
 """Most points that are kept of a curve."""
@@ -40,10 +41,7 @@ class Curve:
 class EstimatorSoFar:
     """One estimator's totals and latest values."""
 
-    steps: int = 0
-    forwards: int = 0
-    backwards: int = 0
-    seconds: float = 0.0
+    totals: Share = field(default_factory=Share)
     learning_rate: float = 0.0
     loss: float | None = None
     statistics: dict[str, float] = field(default_factory=dict)
@@ -91,10 +89,7 @@ class RunSoFar:
 
     def _add_part(self, name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> None:
         known = self.estimators.setdefault(name, EstimatorSoFar())
-        known.steps += 1
-        known.forwards += part["forwards"]
-        known.backwards += part["backwards"]
-        known.seconds += part["seconds"]
+        known.totals.add(part)
         known.learning_rate, known.loss = row["learning_rates"][name], row["losses"][name]
         known.statistics |= part["statistics"]
 

@@ -1,6 +1,6 @@
 """The outcome of a run: before, after, and what each estimator contributed. Next: `progress.py`, `curves.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,15 @@ class Share:
     """Time of its estimates; what a step takes otherwise is split evenly among those who act in it."""
     loss_decrease: float | None = None
     """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed."""
+
+    def add(self, part: Mapping[str, Any]) -> None:
+        """One more step, of which this was its part (`parts` in a line of `metrics.jsonl`)."""
+        self.steps += 1
+        self.forwards += part["forwards"]
+        self.backwards += part["backwards"]
+        self.forward_equivalents += part["forward_equivalents"]
+        self.tokens += part["tokens"]
+        self.seconds += part["seconds"]
 
 
 @dataclass
@@ -55,11 +64,5 @@ def shares_of(metrics: Iterable[dict[str, Any]], decrease: dict[str, float]) -> 
     shares: dict[str, Share] = {}
     for row in metrics:
         for name, part in row["parts"].items():
-            share = shares.setdefault(name, Share(loss_decrease=decrease.get(name)))
-            share.steps += 1
-            share.forwards += part["forwards"]
-            share.backwards += part["backwards"]
-            share.forward_equivalents += part["forward_equivalents"]
-            share.tokens += part["tokens"]
-            share.seconds += part["seconds"]
+            shares.setdefault(name, Share(loss_decrease=decrease.get(name))).add(part)
     return shares

@@ -1,8 +1,6 @@
 """The latest gradient once more, against the same steps written out with torch."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hybrid_opt.engines.local import Gradients, LocalEngine
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
 from hybrid_opt.training.progress import Silence
-from tests.conftest import tiny_model, token_batch, token_losses
+from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 
 A, B = 0.5, 0.2
 SGD = {"type": "backprop", "optimizer": "SGD", "learning_rate": A}
@@ -189,15 +187,7 @@ def test_a_run_saved_between_backprop_and_the_last_stale_step_goes_on_bitwise(tm
 
     summary, whole = after_training(trainer("whole"))
     begun = trainer("broken")
-    take_step = begun.optimizer.step
-
-    def step_and_interrupt(batch):
-        report = take_step(batch)
-        if report.step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return report
-
-    begun.optimizer.step = step_and_interrupt
+    interrupt_after(begun, step=1)
     stopped, saved = after_training(begun)
     assert (stopped.finished, stopped.steps) == (False, 2)
     _, resumed = after_training(trainer("broken", resume=True))

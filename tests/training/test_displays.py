@@ -51,7 +51,14 @@ def test_a_line_of_progress_without_a_loss():
 def test_the_dashboards_numbers_leave_such_steps_out():
     run = RunSoFar()
     for number in (1, 2, 3):
-        part = {"forwards": 0, "backwards": 0, "seconds": 2.0, "statistics": {}}
+        part = {
+            "forwards": 0,
+            "backwards": 0,
+            "forward_equivalents": 0.0,
+            "tokens": 0,
+            "seconds": 2.0,
+            "statistics": {},
+        }
         who = ROWS[number]["estimators"][0]
         run.add({**ROWS[number], "peak_memory_bytes": 1, "losses": {who: ROWS[number]["loss"]}, "parts": {who: part}})
         assert dashboard_lines(run, Clock(0.0, fresh=True), 1.0, 100, 30)

@@ -1,7 +1,6 @@
 """Runs as a whole, on the small pretrained model: what they leave behind, and going on after an interruption."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.progress import Silence
-from tests.conftest import PROSE, ROOT, tiny_model, token_batch, token_losses
+from tests.conftest import PROSE, ROOT, interrupt_after, tiny_model, token_batch, token_losses
 
 LM = {
     "data": {"train": str(PROSE), "validation": 0.05, "text": "text", "max_tokens": 64},
@@ -136,15 +135,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bitwise(write_run, tmp_path, k
     train(path, f"output={tmp_path / 'whole'}")
 
     interrupted = build(load_run(path), display=Silence())
-    take_step = interrupted.optimizer.step
-
-    def step_and_interrupt(batch):
-        report = take_step(batch)
-        if report.step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return report
-
-    interrupted.optimizer.step = step_and_interrupt
+    interrupt_after(interrupted, step=3)
     summary = interrupted.train()
     assert (summary.finished, summary.steps) == (False, 4)
     assert not (tmp_path / "out/model").exists()
