@@ -4,7 +4,9 @@ One idea: what hooks of many modules need again (each row's scale, a product wit
 and kept here for the pass.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +70,28 @@ class Factors:
         if self._latest is None or self._latest.factors is not together or not self._latest.is_of(x):
             self._latest = _Projection(x, x._version, together, together @ self.by_direction(x).mT)
         return self._latest.result[:, first:last]
+
+
+_active: ContextVar[Factors | None] = ContextVar("active_factors", default=None)
+
+
+def active_factors() -> Factors | None:
+    """Noise of the members whose weights the model computes with at the moment; None: its own weights.
+
+    For an objective that has more to do with the rows than to pass them on: one that drops rows on its way keeps equally many of
+    each member and says so in `rows`.
+    """
+    return _active.get()
+
+
+@contextmanager
+def activated(factors: Factors) -> Iterator[None]:
+    """Inside, `active_factors()` gives these."""
+    token = _active.set(factors)
+    try:
+        yield
+    finally:
+        _active.reset(token)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hybrid_opt.engines.contract import whole_shape
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.factors import Factors
+from hybrid_opt.estimators.factors import Factors, activated
 from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.swapping import every_module_called, owners_of
@@ -56,6 +56,7 @@ class MemberHooks:
         """
         with ExitStack() as stack:
             stack.enter_context(every_module_called())
+            stack.enter_context(activated(factors))
             for attach, module, names in self._attach:
                 stack.enter_context(attach(module, names, factors))
             yield
