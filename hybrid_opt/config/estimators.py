@@ -102,6 +102,9 @@ class EvolutionStrategy(LearningRate):
         type="low_rank"
     )
     """Form of the noise."""
+    group_baseline: Literal["none", "mean", "standardize"] = "none"
+    """Before a member's losses are averaged, compare each with the other members' on the same example: `mean` takes their mean off,
+    `standardize` divides by their standard deviation too (GRPO) and leaves out examples on which all agree."""
     divide_by_sigma: bool = True
     """True: the estimate is `1/(N sigma) sum w eps` (gradient units); False: `1/N sum w eps` (EA4LLM, ES at Scale)."""
     members_per_forward: PositiveInt | Literal["auto"] = "auto"
@@ -129,10 +132,10 @@ class EvolutionStrategy(LearningRate):
             raise ValueError(
                 "distinct_examples compares the two members of a pair on the same examples, so it needs antithetic: true"
             )
-        if self.distinct_examples and self.fitness_shaping == "centered_rank":
+        if self.distinct_examples and self.fitness_shaping == "centered_rank" and self.group_baseline == "none":
             raise ValueError(
                 "fitness_shaping 'centered_rank' compares members that see different examples (distinct_examples); write "
-                "fitness_shaping: none or standardize"
+                "group_baseline: mean, or fitness_shaping: none or standardize"
             )
         if self.fitness_shaping == "standardize" and n < 5:
             raise ValueError(

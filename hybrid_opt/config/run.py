@@ -4,16 +4,17 @@ One idea: everything that decides the outcome of a run is in this one frozen obj
 the run folder. Next: `loading.py`, which makes it from YAML files and command-line overrides.
 """
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
-from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.rewards import FUNCTION, Reward
+from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from hybrid_opt.errors import did_you_mean
 
 
 class Model(Strict):
@@ -72,11 +73,13 @@ class Data(Strict):
     prompt: str | None = None
     """Template over the columns; its tokens are not part of the loss."""
     completion: str | None = None
-    """Template of what the model learns to write after the prompt."""
+    """Template of what the model learns to write after the prompt; a reward needs none."""
     choices: tuple[str, ...] | None = None
     """For `objective: {type: choice}`: all the completions to choose from."""
+    chat: bool = False
+    """Put prompt and completion, as the messages of a user and an assistant, into the tokenizer's chat template."""
     messages: str | None = None
-    """Instead of prompt and completion: the column of chat messages. The last one is learnt."""
+    """Instead of prompt and completion: the column of chat messages. The last one is learnt, or (for a reward) answered."""
     text: str | None = None
     """Instead of prompt and completion: the column of plain text, packed into blocks of max_tokens."""
     max_tokens: Annotated[int, Field(ge=2)] = 512
@@ -92,8 +95,8 @@ class Data(Strict):
                 "say how a row becomes tokens with exactly one of prompt (with completion), messages or text; "
                 f"given: {', '.join(given) or 'none'}"
             )
-        if (self.prompt is None) != (self.completion is None):
-            raise ValueError("prompt and completion go together; one of them is missing")
+        if self.prompt is None and (self.completion is not None or self.chat):
+            raise ValueError(f"{'chat' if self.chat else 'completion'} needs prompt, which is missing")
         if self.choices is not None and len(set(self.choices)) < max(2, len(self.choices)):
             raise ValueError("choices needs at least two different completions, each written once")
         return self
@@ -123,12 +126,44 @@ class Function(Strict):
     @field_validator("function")
     @classmethod
     def _names_a_function(cls, path):
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+", path):
+        if not FUNCTION.fullmatch(path):
             raise ValueError(f"{path!r} is not of the form module:function, such as losses:my_losses")
         return path
 
 
-Objective = Annotated[CausalLm | Choice | Function, Field(discriminator="type")]
+Objective = Annotated[CausalLm | Choice | Function | Reward, Field(discriminator="type")]
+
+
+def refuse_unsuited_data(objective: Objective, data: Data, where: str = "") -> None:
+    """Raise ValueError if the data lacks what an objective needs.
+
+    Args:
+        where: what comes before `data` in the keys of messages, such as `objectives.backprop.`.
+    """
+    if isinstance(objective, Choice) and not (data.prompt and data.completion and data.choices):
+        raise ValueError(f"objective choice needs {where}data.prompt, data.completion and data.choices")
+    if data.choices and isinstance(objective, CausalLm):
+        raise ValueError(f"objective causal_lm does not use {where}data.choices; write choice, or drop data.choices")
+    if data.chat and isinstance(objective, Choice):
+        raise ValueError(f"objective choice does not use {where}data.chat; drop it")
+    if isinstance(objective, Reward):
+        if data.text is not None:
+            raise ValueError(
+                f"objective reward needs prompts to answer: write {where}data.prompt or messages, not text"
+            )
+    elif data.prompt is not None and data.completion is None:
+        raise ValueError(f"objective {objective.type} needs {where}data.completion, which goes with data.prompt")
+
+
+class OwnObjective(Strict):
+    """What one estimator minimises instead of the run's objective."""
+
+    objective: Objective
+    """What it minimises."""
+    data: Data | None = None
+    """What it learns from; left out: the run's data."""
+    batch_size: PositiveInt | None = None
+    """Examples in its batch; left out: `training.batch_size`."""
 
 
 class Budget(Strict):
@@ -211,6 +246,8 @@ class RunFile(Strict):
     """What it learns from."""
     objective: Objective
     """What is minimised."""
+    objectives: dict[str, OwnObjective] = {}
+    """What some estimators minimise instead, by their names in the schedule: `es` a reward, `backprop` a loss."""
     training: Training
     """For how long."""
     engine: Engine = LocalEngine(type="local")
@@ -229,12 +266,34 @@ class RunFile(Strict):
         return names
 
     @model_validator(mode="after")
-    def _objective_suits_data(self):
-        if isinstance(self.objective, Choice) and not (self.data.prompt and self.data.choices):
-            raise ValueError("objective choice needs data.prompt, data.completion and data.choices")
-        if self.data.choices and isinstance(self.objective, CausalLm):
-            raise ValueError("objective causal_lm does not use data.choices; write choice, or drop data.choices")
+    def _objectives_suit_data(self):
+        refuse_unsuited_data(self.objective, self.data)
+        for name, own in self.objectives.items():
+            refuse_unsuited_data(own.objective, own.data or self.data, f"objectives.{name}." if own.data else "")
         return self
+
+    @model_validator(mode="after")
+    def _objectives_have_estimators(self):
+        for name in self.objectives:
+            if name not in self.schedule.estimators:
+                raise ValueError(
+                    f"objectives names the estimator {name!r}, which the schedule does not define"
+                    f"{did_you_mean(name, self.schedule.estimators)}; defined: {', '.join(self.schedule.estimators)}"
+                )
+            if isinstance(self.schedule.estimators[name], StaleGradient):
+                raise ValueError(
+                    f"objectives.{name}: a stale_gradient evaluates nothing, so it has no objective; drop it"
+                )
+        return self
+
+    def objective_of(self, estimator: str) -> Objective:
+        """What an estimator minimises."""
+        return self.objectives[estimator].objective if estimator in self.objectives else self.objective
+
+    def batch_size_of(self, estimator: str) -> int:
+        """Examples in an estimator's batch."""
+        own = self.objectives.get(estimator)
+        return own.batch_size if own and own.batch_size else self.training.batch_size
 
     @model_validator(mode="after")
     def _precision_is_one(self):
@@ -276,10 +335,10 @@ class RunFile(Strict):
                 continue
             groups = estimator.population_size // 2 if estimator.distinct_examples else 1
             needed = groups * (estimator.examples_per_step or 1)
-            if needed > self.training.batch_size:
+            if needed > self.batch_size_of(name):
                 raise ValueError(
-                    f"the estimator {name!r} needs {needed} different examples a step, but training.batch_size is "
-                    f"{self.training.batch_size}; raise it to {needed}, or lower "
+                    f"the estimator {name!r} needs {needed} different examples a step, but its batch_size is "
+                    f"{self.batch_size_of(name)}; raise it to {needed}, or lower "
                     + ("population_size or examples_per_step" if estimator.distinct_examples else "examples_per_step")
                 )
         return self
@@ -297,11 +356,18 @@ class RunFile(Strict):
 
     @model_validator(mode="after")
     def _gradient_exists(self):
-        if isinstance(self.objective, Function) and not self.objective.differentiable:
-            for name, estimator in self.schedule.estimators.items():
-                if isinstance(estimator, Backprop):
-                    raise ValueError(
-                        f"objective.differentiable is false, but the estimator {name!r} is backprop, which needs a "
-                        "gradient; use a schedule of es estimators alone"
-                    )
+        for name, estimator in self.schedule.estimators.items():
+            objective = self.objective_of(name)
+            if not isinstance(estimator, Backprop):
+                continue
+            if isinstance(objective, Function) and not objective.differentiable:
+                raise ValueError(
+                    f"objective.differentiable is false, but the estimator {name!r} is backprop, which needs a "
+                    "gradient; use a schedule of es estimators alone"
+                )
+            if isinstance(objective, Reward) and name in acting_names(self.schedule.schedule):
+                raise ValueError(
+                    f"a reward has no gradient, but the estimator {name!r} is backprop; give it an objective of its own, such as "
+                    f"objectives: {{{name}: {{objective: {{type: causal_lm}}}}}}, or use a schedule of es estimators alone"
+                )
         return self

@@ -47,7 +47,10 @@ class Cost:
     loss_spread: float | None = None
     """Standard deviation of the members' losses (ES)."""
     statistics: Mapping[str, float] = field(default_factory=dict)
-    """How good the estimate may be: `snr`, `gradient_norm` (antithetic ES), `cosine` and `rho2` (where backprop acted too)."""
+    """How good the estimate may be: `snr`, `gradient_norm` (antithetic ES), `cosine` and `rho2` (where backprop acted too); with a
+    reward also what was written, how many pairs were tied, ..."""
+    is_empty: bool = False
+    """Whether all members were equally good, so that the estimate says nothing and is not applied."""
 
 
 class Estimator(Protocol):

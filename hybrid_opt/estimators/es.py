@@ -15,14 +15,17 @@ from torch import Tensor
 from hybrid_opt.config.estimators import DensePerturbation as DenseConfig
 from hybrid_opt.config.estimators import EvolutionStrategy
 from hybrid_opt.engines.contract import Engine, Shard
+from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and
 from hybrid_opt.estimators.dense import DensePerturbation
+from hybrid_opt.estimators.fitness import Fitness, fitness, worst_for_missing
 from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
 from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member, Perturbation
+from hybrid_opt.estimators.population import PopulationWatch
 from hybrid_opt.estimators.shaping import FITNESS_SHAPING
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
@@ -56,6 +59,7 @@ class EsEstimator:
     def __init__(self, config: EvolutionStrategy):
         self.config = config
         self.perturbation: Perturbation = _build_perturbation(config)
+        self.watch = PopulationWatch()
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Estimator.check`."""
@@ -68,25 +72,40 @@ class EsEstimator:
         """See `Estimator.estimate`.
 
         Raises:
-            UserError: a member's loss is not finite.
+            UserError: a member's loss is not finite (a missing reward is not meant: it counts as the worst of the step).
         """
         members = self._members(key)
         examples = self._examples(batch, key, len(members))
+        batch = objective.seeded(batch, key) if hasattr(objective, "seeded") else batch
         with training_mode(engine.model, False):
             losses = self._evaluate(engine, objective, batch, names, members, examples)
-        self._check(losses)
-        weights = FITNESS_SHAPING[self.config.fitness_shaping](losses)
+        losses = worst_for_missing(losses) if getattr(objective, "may_miss", False) else losses
+        means = losses.mean(dim=1)
+        self._check(means)
+        found = fitness(losses, examples, self.config.group_baseline)
+        weights = FITNESS_SHAPING[self.config.fitness_shaping](found.values)
         estimate = NoiseSum(self.perturbation, [m.key for m in members], self._coefficients(members, weights))
+        seen, written = observed(objective, engine.ranks)
         cost = Cost(
-            loss=losses.mean().item(),
+            loss=means.mean().item(),
             forwards=len(members),
             backwards=0,
             forward_equivalents=len(members) if examples is None else examples.numel() / count_examples(batch),
-            tokens=_tokens(batch, examples, len(members)),
-            loss_spread=losses.std(correction=0).item(),
-            statistics=pair_statistics(losses, self.config.sigma) if self.config.antithetic else {},
+            tokens=_tokens(batch, examples, len(members)) + written,
+            loss_spread=means.std(correction=0).item(),
+            statistics=self._statistics(found, objective) | seen,
+            is_empty=found.is_flat,
         )
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
+
+    def _statistics(self, found: Fitness, objective: Objective) -> dict[str, float]:
+        statistics = {"examples_left_out": found.left_out} if self.config.group_baseline == "standardize" else {}
+        if self.config.antithetic:
+            statistics |= pair_statistics(found.values, self.config.sigma)
+            if not objective.differentiable:  # rewards are often equal
+                statistics["tied_pairs"] = int((found.values[::2] == found.values[1::2]).sum())
+                self.watch.see(found.values)
+        return statistics
 
     def _evaluate(
         self,
@@ -97,13 +116,13 @@ class EsEstimator:
         members: list[Member],
         examples: Tensor | None,
     ) -> Tensor:
-        """Mean loss of each member, (members,) float32 in main memory. Ranks deal the members out and exchange their losses."""
+        """Losses of each member on its examples, (members, k) float32 in main memory. Ranks deal the members out and exchange them."""
         dealt = engine.ranks.deal(len(members), together=2 if self.config.antithetic else 1)
         mine = dealt[engine.ranks.rank]
         own_examples = None if examples is None else examples[mine]
         losses = self.perturbation.evaluate(engine, objective, batch, names, [members[i] for i in mine], own_examples)
-        result = torch.empty(len(members))
-        result[torch.tensor(dealt)] = engine.ranks.gather(losses.mean(dim=1).cpu())
+        result = torch.empty(len(members), losses.shape[1])
+        result[torch.tensor(dealt)] = engine.ranks.gather(losses.cpu())
         return result
 
     def _members(self, key: Key) -> list[Member]:
@@ -149,6 +168,17 @@ class EsEstimator:
                 f"the loss of {bad} of {len(losses)} members is not finite; lower sigma ({self.config.sigma}) or the "
                 "learning rates"
             )
+
+
+def observed(objective: Objective, ranks: Ranks) -> tuple[dict[str, float], int]:
+    """What an objective that generates has seen since it was last asked, as means over all ranks, and the tokens written."""
+    if not hasattr(objective, "tally"):
+        return {}, 0
+    seen = objective.tally.take()
+    sums = ranks.gather(torch.tensor(list(seen.values()), dtype=torch.float64)).sum(dim=0).tolist()
+    totals = {name: total for name, (total, _) in zip(seen, sums, strict=True)}
+    means = {name: total / max(1, count) for name, (total, count) in zip(seen, sums, strict=True)}
+    return means | {"reward_errors": totals["reward_errors"]}, int(totals["completion_tokens"])
 
 
 def pair_statistics(losses: Tensor, sigma: float) -> dict[str, float]:

@@ -31,7 +31,7 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
 
 def last_logits(model: nn.Module, inputs: dict[str, Tensor], keep: int, *, skip: int = 0) -> Tensor:
     """Logits (rows, keep - skip, vocabulary) of the last `keep` positions but the last `skip`, in the model's dtype."""
-    takes = inspect.signature(_forward_of(model)).parameters
+    takes = inspect.signature(forward_of(model)).parameters
     arguments = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
     if "position_ids" in takes:
         arguments["position_ids"] = inputs["position_ids"]
@@ -57,7 +57,7 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.neg_().masked_fill_(labels_flat == IGNORED, 0.0).view(labels.shape)
 
 
-def _forward_of(model: nn.Module):
+def forward_of(model: nn.Module):
     """The forward of the model itself, inside the wrapper that peft puts around it."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
 

@@ -1,0 +1,186 @@
+"""Rewards of what a model writes: prompts -> completions -> judges. Next: `../rollouts/contract.py`, `judging.py`.
+
+One idea: a reward is minimised as its negative, and this is the one place where it changes its sign.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from hybrid_opt.config.rewards import Generation
+from hybrid_opt.config.run import Data
+from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.fitness import worst_for_missing
+from hybrid_opt.estimators.noise import Key
+from hybrid_opt.objectives.examples import encode_questions
+from hybrid_opt.objectives.judging import COMPLETED, Judges, Verdict
+from hybrid_opt.objectives.language_model import left_padded, pad_token
+from hybrid_opt.rollouts.contract import Completions, Rollout
+from hybrid_opt.rollouts.decoding import Decoding
+
+
+class RewardObjective:
+    """`-sum_j weight_j reward_j(prompt, completion)` of each example.
+
+    A completion that nobody could judge has the loss NaN; the estimator takes the worst of the step for it (`on_error: worst`).
+
+    Args:
+        judges: the reward functions.
+        tokenizer: the model's.
+        generation: how completions are written.
+        rollout: what writes them; None: the model itself.
+    """
+
+    differentiable = False
+    may_miss = True
+
+    def __init__(
+        self,
+        judges: Judges,
+        tokenizer: PreTrainedTokenizerBase,
+        generation: Generation = Generation(),
+        rollout: Rollout | None = None,
+    ):
+        self.judges, self.tokenizer, self.generation = judges, tokenizer, generation
+        self.rollout = rollout or Decoding(generation, tokenizer)
+        self.tally = Tally()
+
+    def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        """See `Objective.losses`: (examples,) float32, NaN where there is no reward."""
+        verdict, _ = self._judged(model, batch)
+        return -torch.tensor(verdict.totals, device=batch["input_ids"].device)
+
+    def measures(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Losses and rewards; each function's own rewards if there are several; the share of completions that ended by themselves.
+
+        A missing reward counts as the worst of the batch.
+        """
+        verdict, completions = self._judged(model, batch)
+        total = worst_for_missing(-torch.tensor(verdict.totals))
+        own = verdict.rewards if len(verdict.rewards) > 1 else {}
+        return {
+            "loss": total,
+            "reward": -total,
+            **{name: torch.tensor(values).nan_to_num(0.0) for name, values in own.items()},
+            "finished": torch.tensor(completions.finished).float(),
+        }
+
+    def seeded(self, batch: dict[str, Any], key: Key) -> dict[str, Any]:
+        """The batch with a seed for each example's random numbers in generation."""
+        seeds = [key.fold(i).seed() for i in range(len(batch["input_ids"]))]
+        return {**batch, "seeds": torch.tensor(seeds)}
+
+    @property
+    def rehearsal(self) -> "_OnePass":
+        """An objective with the same kind of forward passes, of which nobody is the judge."""
+        return _OnePass(Decoding(self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()}), self.tokenizer))
+
+    def _judged(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Verdict, Completions]:
+        completions = self.rollout.complete(model, batch)
+        texts = [self._cut(text) for text in self.tokenizer.batch_decode(completions.tokens, skip_special_tokens=True)]
+        # As TRL hands them over: a conversation is answered by a message.
+        answers = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(batch["prompts"], texts, strict=True)
+        ]
+        verdict = self.judges.judge(batch["prompts"], answers, completions.tokens, batch["columns"])
+        self.tally.add(verdict, completions)
+        return verdict, completions
+
+    def _cut(self, text: str) -> str:
+        """What comes before the first stop string."""
+        return text[: min((at for stop in self.generation.stop if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+class Tally:
+    """Sums and counts of what was seen of completions since somebody last asked."""
+
+    def __init__(self):
+        self.seen: dict[str, tuple[float, int]] = {}
+
+    def add(self, verdict: Verdict, completions: Completions) -> None:
+        """Count some more."""
+        self._add("completion_tokens", map(len, completions.tokens))
+        self._add("finished", completions.finished)
+        self._add("reward_errors", [verdict.errors])
+        for name, rewards in verdict.rewards.items() if len(verdict.rewards) > 1 else ():
+            self._add(name, (reward for reward in rewards if not math.isnan(reward)))
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """Name -> sum and count, from now on anew; the names are always the same."""
+        seen, self.seen = self.seen, dict.fromkeys(self.seen, (0.0, 0))
+        return seen
+
+    def _add(self, name: str, values: Iterable[float]) -> None:
+        values = list(values)
+        total, count = self.seen.get(name, (0.0, 0))
+        self.seen[name] = (total + sum(values), count + len(values))
+
+
+class _OnePass:
+    """Generates as the objective does, and has no losses."""
+
+    differentiable = False
+
+    def __init__(self, rollout: Rollout):
+        self.rollout = rollout
+
+    def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        self.rollout.complete(model, batch)
+        return torch.zeros(len(batch["input_ids"]))
+
+
+@dataclass(frozen=True)
+class PromptExample:
+    """A prompt, as the model and as the judges get it, with the row that it comes from."""
+
+    prompt: Sequence[int]
+    """Token ids."""
+    shown: str | list[dict[str, str]]
+    """The prompt as a text, or as a conversation's messages."""
+    row: dict[str, Any]
+    """Every column, for the reward functions."""
+
+
+class RewardData:
+    """Makes batches for `RewardObjective` from rows.
+
+    Args:
+        config: the `data` section; `max_tokens` holds the prompt and the most tokens of a completion.
+        max_new_tokens: most tokens of a completion.
+        judges: who will want the columns.
+    """
+
+    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, judges: Judges):
+        self.config, self.tokenizer, self.judges = config, tokenizer, judges
+        self.room = config.max_tokens - max_new_tokens
+
+    def encode(self, rows: Dataset) -> list[PromptExample]:
+        """Examples from rows.
+
+        Raises:
+            UserError: no room is left for prompts, a reward function needs a column that is not there; see `encode_prompts`.
+        """
+        if self.room < 1:
+            raise UserError(
+                f"data.max_tokens: {self.config.max_tokens} tokens leave none for a prompt beside a completion of "
+                f"{self.config.max_tokens - self.room} (generation.max_new_tokens); raise it"
+            )
+        self.judges.check(rows.column_names)
+        prompts, shown = encode_questions(rows, self.config, self.tokenizer, self.room)
+        return [PromptExample(*parts) for parts in zip(prompts, shown, rows, strict=True)]
+
+    def collate(self, examples: Sequence[PromptExample]) -> dict[str, Any]:
+        """input_ids, attention_mask, position_ids (examples, tokens), and as lists the prompts and all columns."""
+        names = [name for name in examples[0].row if name not in ("prompt", "completion", *COMPLETED)]
+        return {
+            **left_padded([e.prompt for e in examples], pad_token(self.tokenizer)),
+            "prompts": [e.shown for e in examples],
+            "columns": {name: [e.row[name] for e in examples] for name in names},
+        }

@@ -1,0 +1,139 @@
+"""Reading the prompts into a key-value cache. Next: `choosing.py`.
+
+One idea: what rows have in common is read once. All prompts of a batch that begin alike (instructions, examples) share the reading of
+that beginning, once for each member, because the members' weights differ and so do their caches.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hybrid_opt.estimators.factors import Factors
+from hybrid_opt.objectives.language_model import forward_of
+
+WORTHWHILE = 8
+"""Tokens in common from which on a pass of their own pays."""
+
+
+@dataclass
+class Parts:
+    """The members among the rows: `count` parts of equally many rows, one after the other."""
+
+    count: int
+    factors: Factors | None
+
+    def have(self, rows: int) -> None:
+        """Say that the next passes have this many rows of all members together."""
+        if self.factors:
+            self.factors.rows = rows
+
+    def shrunk(self, finished: Tensor, leaving: float) -> Tensor | None:
+        """Numbers of the rows to keep, as many of each part, so that all unfinished ones are kept; None if too few would leave."""
+        parts = finished.view(self.count, -1)
+        needed = int((~parts).sum(dim=1).max())
+        if needed > (1 - leaving) * parts.shape[1]:
+            return None
+        order = parts.to(torch.uint8).argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
+        self.have(self.count * needed)
+        return (order + torch.arange(self.count, device=order.device).unsqueeze(1) * parts.shape[1]).flatten()
+
+
+@contextmanager
+def sharing(factors: Factors | None) -> Iterator[Parts]:
+    """The parts of a batch whose rows may leave; afterwards the hooks expect as many rows as before."""
+    parts = Parts(factors.scale.numel() if factors else 1, factors)
+    rows = factors.rows if factors else 0
+    try:
+        yield parts
+    finally:
+        parts.have(rows)
+
+
+class Context:
+    """What has been read and written so far, in a cache.
+
+    Args:
+        model: a causal language model.
+    """
+
+    def __init__(self, model: nn.Module):
+        takes = inspect.signature(forward_of(model)).parameters
+        self.model, self.cache = model, DynamicCache(config=model.config.get_text_config(decoder=True))
+        self.has_positions, self.has_keep = "position_ids" in takes, "logits_to_keep" in takes
+        self.mask: Tensor | None = None
+        self.positions: Tensor | None = None
+
+    def read(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Read tokens of each row; ids, mask: (rows, tokens), padded on the left. Returns the last position's logits (rows, vocabulary)."""
+        first = 0 if self.positions is None else self.positions.unsqueeze(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + first
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        self.positions = positions[:, -1] + 1
+        arguments = {"position_ids": positions} if self.has_positions else {}
+        arguments |= {"logits_to_keep": 1} if self.has_keep else {}
+        output = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **arguments
+        )
+        return output.logits[:, -1]
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """Read one more token of each row, (rows,); see `read`."""
+        return self.read(tokens.unsqueeze(1), torch.ones_like(tokens).unsqueeze(1))
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows go on."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def repeat(self, times: int) -> None:
+        """Each row goes on as so many rows."""
+        self.cache.batch_repeat_interleave(times)
+        self.mask = self.mask.repeat_interleave(times, dim=0)
+        self.positions = self.positions.repeat_interleave(times, dim=0)
+
+
+def prefill(model: nn.Module, ids: Tensor, mask: Tensor, parts: Parts) -> tuple[Tensor, Context]:
+    """Logits after each row's prompt, (rows, vocabulary), and the context to go on with.
+
+    Args:
+        ids, mask: (rows, tokens), padded on the left.
+    """
+    context, rows = Context(model), len(ids)
+    common = _beginning_in_common(ids, mask) if rows > parts.count else 0
+    if common < WORTHWHILE or any(
+        context.cache.is_sliding
+    ):  # a window is counted in columns, of which padding would be some
+        return context.read(ids, mask), context
+    beginnings = ids[0, ids.shape[1] - int(mask[0].sum()) :][:common].expand(parts.count, -1)
+    parts.have(parts.count)
+    context.read(beginnings, torch.ones_like(beginnings))
+    context.repeat(rows // parts.count)
+    parts.have(rows)
+    return context.read(*_rest(ids, mask, common)), context
+
+
+def _beginning_in_common(ids: Tensor, mask: Tensor) -> int:
+    """Tokens with which all rows begin, and after which each has at least one more."""
+    flush = _flush_left(ids, mask)
+    shortest = int(mask.sum(1).min())
+    differs = (flush[:, :shortest] != flush[0, :shortest]).any(dim=0)
+    return min(int(differs.long().argmax()) if differs.any() else shortest, shortest - 1)
+
+
+def _flush_left(ids: Tensor, mask: Tensor) -> Tensor:
+    """Rows that begin in the first column, with their padding at the end."""
+    width = ids.shape[1]
+    shift = width - mask.sum(1, keepdim=True)
+    return ids.gather(1, (torch.arange(width, device=ids.device) + shift) % width)
+
+
+def _rest(ids: Tensor, mask: Tensor, common: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask, padded on the left, of what comes after the beginning."""
+    lengths = mask.sum(1, keepdim=True) - common
+    width = int(lengths.max())
+    return ids[:, -width:], (torch.arange(width, 0, -1, device=ids.device) <= lengths).to(mask.dtype)
