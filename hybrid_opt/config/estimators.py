@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hybrid_opt.config.strict import Decay, NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from hybrid_opt.config.strict import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
 LearningRateScheduleName = Literal[
     "constant",
@@ -120,6 +120,9 @@ class EvolutionStrategy(LearningRate):
     see the same ones."""
     update: Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")] = SgdRule(type="sgd")
     """Rule that turns this estimator's estimate into a change of the weights, its state held in float32."""
+    anchor: NonNegativeFloat = 0.0
+    """Strength of a pull back to the weights at the start: adds `anchor / 2 |w - w_start|^2` to what is minimised (L2-SP, arXiv
+    1802.01483), and keeps a copy of them in main memory."""
 
     @model_validator(mode="after")
     def _population_suits_options(self):
@@ -179,6 +182,9 @@ class Backprop(LearningRate):
     """Recompute activations in the backward pass instead of keeping them (Hugging Face models)."""
     autocast: Literal["bfloat16"] | None = None
     """Run the forward pass under `torch.autocast` in this dtype."""
+    anchor: NonNegativeFloat = 0.0
+    """Strength of a pull back to the weights at the start: adds `anchor / 2 |w - w_start|^2` to what is minimised (L2-SP, arXiv
+    1802.01483), and keeps a copy of them in main memory."""
 
     @model_validator(mode="after")
     def _one_split(self):

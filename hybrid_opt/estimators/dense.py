@@ -122,7 +122,7 @@ class DensePerturbation:
     ) -> tuple[frozenset[str], int]:
         key = (engine.model, frozenset(parameters))
         if key not in self._outside:
-            found = rehearse(engine, objective, batch, parameters)
+            found = rehearse(engine, getattr(objective, "rehearsal", objective), batch, parameters)
             self._outside[key] = (found.outside, found.bytes_per_example)
         return self._outside[key]
 

@@ -227,7 +227,7 @@ class LowRankPerturbation:
         key = (engine.model, frozenset(names))
         if key not in self._forms:
             parameters = {name: p for name, p in engine.parameters.items() if name in key[1]}
-            found = rehearse(engine, objective, batch, parameters)
+            found = rehearse(engine, getattr(objective, "rehearsal", objective), batch, parameters)
             reasons = _found_reasons(found) | why_not(engine.model, parameters)
             if reasons and self.otherwise == "refuse":
                 raise UserError(refusal(*next(iter(reasons.items()))))

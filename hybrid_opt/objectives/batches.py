@@ -91,3 +91,8 @@ class IterableBatches:
                 f"batches: the iterable ended after {self._next} batches and does not start again; pass a list, a "
                 "DataLoader, or a generator without end"
             ) from None
+
+
+def as_batches(batches: Iterable[Any] | Batches) -> Batches:
+    """Batches from an iterable; Batches as they are."""
+    return batches if hasattr(batches, "batch_at") else IterableBatches(batches)

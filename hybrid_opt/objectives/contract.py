@@ -20,6 +20,9 @@ class Objective(Protocol):
 
     differentiable: bool
     """Whether `losses` can be backpropagated through."""
+    # An objective that generates may have more (see `RewardObjective`): `may_miss`, whether NaN among its losses means that an
+    # example could not be judged; `seeded(batch, key)`, for randomness of its own; `rehearsal`, an objective with the same forward
+    # passes and nothing else; `row_size(model, batch)`; `tally`, what it has seen.
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of each example at the model's current weights: (examples,), floating point."""
@@ -54,8 +57,46 @@ class FunctionObjective:
         return {"loss": self.losses(model, batch)}
 
 
-def import_function(path: str) -> Callable:
+class Closure:
+    """A function without arguments as an objective.
+
+    Args:
+        function: returns the losses (examples,), or their mean, at the current weights.
+    """
+
+    differentiable = True
+
+    def __init__(self, function: Callable[[], Tensor]):
+        self.function = function
+
+    def losses(self, model: nn.Module, batch: None) -> Tensor:
+        """The function's own result, checked."""
+        losses = self.function()
+        if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.dim() > 1:
+            raise UserError(
+                f"the function given to step() must return losses (examples,) or their mean, not {losses!r}"
+            )
+        return losses.reshape(-1)
+
+    def measures(self, model: nn.Module, batch: None) -> dict[str, Tensor]:
+        """The losses alone."""
+        return {"loss": self.losses(model, batch)}
+
+
+def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | None) -> Objective | None:
+    """An Objective from a plain function; an Objective as it is."""
+    if objective is None or hasattr(objective, "losses"):
+        return objective
+    if callable(objective):
+        return FunctionObjective(objective)
+    raise UserError(f"objective: expected losses(model, batch) -> Tensor (examples,), got {objective!r}")
+
+
+def import_function(path: str, key: str = "objective.function") -> Callable:
     """The object at `module:function`, looked up from the current folder too.
+
+    Args:
+        key: where it was written, for messages.
 
     Raises:
         UserError: there is no such module or function.
@@ -67,11 +108,11 @@ def import_function(path: str) -> Callable:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's own module raises
         problem = str(error) if isinstance(error, (ImportError, SyntaxError)) else f"{type(error).__name__}: {error}"
-        raise UserError(f"objective.function: cannot import {module_name!r}: {problem}") from error
+        raise UserError(f"{key}: cannot import {module_name!r}: {problem}") from error
     if not hasattr(module, name):
-        raise UserError(f"objective.function: module {module_name!r} has no {name!r}")
+        raise UserError(f"{key}: module {module_name!r} has no {name!r}")
     if not callable(function := getattr(module, name)):
-        raise UserError(f"objective.function: {path} is not a function but {function!r}")
+        raise UserError(f"{key}: {path} is not a function but {function!r}")
     return function
 
 

@@ -167,7 +167,7 @@ def _accepted(function: RewardCall, data: Mapping[str, Sequence[Any]]) -> dict[s
 
 
 def _is_async(function: RewardCall) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(type(function), "__call__", None))
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 def _run_together(functions: Sequence[RewardCall], calls: Sequence[dict[str, Any]], timeout: float) -> list[Any]:

@@ -6,6 +6,7 @@ One idea: a reward is minimised as its negative, and this is the one place where
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_opt.config.rewards import Generation
+from hybrid_opt.config.rewards import Generation, Reward, RewardFunction
 from hybrid_opt.config.run import Data
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.fitness import worst_for_missing
 from hybrid_opt.estimators.noise import Key
+from hybrid_opt.objectives.contract import import_function
 from hybrid_opt.objectives.examples import encode_questions
-from hybrid_opt.objectives.judging import COMPLETED, Judges, Verdict
+from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, Verdict
 from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
@@ -184,3 +186,24 @@ class RewardData:
             "prompts": [e.shown for e in examples],
             "columns": {name: [e.row[name] for e in examples] for name in names},
         }
+
+
+def reward_objective(
+    config: Reward, data: Data, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RewardObjective, RewardData]:
+    """The objective that a run file describes, and what makes its batches.
+
+    Raises:
+        UserError: a reward function cannot be found.
+    """
+    judges = Judges([judge_of(judge) for judge in config.rewards], config.on_error, config.timeout)
+    objective = RewardObjective(judges, tokenizer, config.generation)
+    return objective, RewardData(data, tokenizer, config.generation.max_new_tokens, judges)
+
+
+def judge_of(config: RewardFunction) -> Judge:
+    """The reward function that a run file names."""
+    function = import_function(config.function, "objective.rewards")
+    return Judge(
+        config.function, partial(function, **config.arguments) if config.arguments else function, config.weight
+    )

@@ -12,7 +12,9 @@ from datasets import Dataset
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.reporting import refuse_missing_packages
-from hybrid_opt.config.run import Budget, Choice, Function, Model, RunFile
+from hybrid_opt.config.rewards import Reward
+from hybrid_opt.config.run import Budget, CausalLm, Choice, Data, Function, Model, RunFile
+from hybrid_opt.config.run import Objective as ObjectiveConfig
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -23,6 +25,7 @@ from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.choice import ChoiceData
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
 from hybrid_opt.objectives.data import load_splits
+from hybrid_opt.objectives.reward import reward_objective
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_folder import RunFolder
@@ -60,25 +63,23 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     if resume:
         refuse_changes(folder.read_config(), run)
     model_config = _with_engine_dtype(run)
-    rows, held_out_rows = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
-    objective, data = _objective(run, tokenizer)
-    examples = _encode(data, rows, run.data.train)
-    held_out = _encode(data, held_out_rows, run.data.validation) if held_out_rows is not None else []
-    if isinstance(run.data.validation, float):
-        examples, held_out = hold_out(
-            examples, run.data.validation, run.training.seed, at_end=run.data.text is not None
-        )
+    objective, data = _objective(run.objective, run.data, tokenizer)
+    examples, held_out = _examples(run.data, data, run.training.seed)
+    own = {name: _own(run, name, tokenizer) for name in run.objectives}
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     along = _spread(validation, training.evaluation_rows or len(validation))
     model = load_model(model_config, run.peft, training.seed)
-    _refuse_what_does_not_fit(model, [*examples, *held_out])
+    _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
+    for _, batches in own.values():
+        _refuse_what_does_not_fit(model, batches.examples)
     return Trainer(
         model,
         objective,
         ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
         schedule=run.schedule,
+        objectives=own,
         steps=training.steps,
         budget=training.budget,
         seed=training.seed,
@@ -110,6 +111,27 @@ def _with_engine_dtype(run: RunFile) -> Model:
     return run.model.model_copy(update={"dtype": dtype})
 
 
+def _examples(config: Data, data: ExampleData, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Examples to train on, and held-out ones."""
+    rows, held_out_rows = load_splits(config)
+    examples = _encode(data, rows, config.train)
+    if isinstance(config.validation, float):
+        return hold_out(examples, config.validation, seed, at_end=config.text is not None)
+    return examples, _encode(data, held_out_rows, config.validation) if held_out_rows is not None else []
+
+
+def _own(run: RunFile, name: str, tokenizer) -> tuple[Objective, ShuffledBatches]:
+    """What an estimator minimises instead, with its batches; of the run's own data it sees the same training rows."""
+    own = run.objectives[name]
+    config = own.data or run.data
+    try:
+        objective, data = _objective(own.objective, config, tokenizer)
+        examples, _ = _examples(config, data, run.training.seed)
+    except UserError as error:
+        raise UserError(f"objectives.{name}: {error}") from None
+    return objective, ShuffledBatches(examples, run.batch_size_of(name), data.collate, run.training.seed)
+
+
 def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:
     try:
         return data.encode(rows)
@@ -123,10 +145,14 @@ def _refuse_to_lose_the_model(run: RunFile) -> None:
             raise UserError(f"{key}: {name!r} lies in the output folder, which --overwrite would empty; choose another")
 
 
-def _refuse_what_does_not_fit(model, examples: Sequence[Any]) -> None:
-    """Token ids and lengths beyond the model's tables would end in an index error at some later step."""
+def _refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 0) -> None:
+    """Token ids and lengths beyond the model's tables would end in an index error at some later step.
+
+    Args:
+        new_tokens: most tokens that are written after an example.
+    """
     rows = [[*example.prompt, *getattr(example, "completion", ())] for example in examples]
-    table, longest = model.get_input_embeddings().num_embeddings, max(map(len, rows))
+    table, longest = model.get_input_embeddings().num_embeddings, max(map(len, rows)) + new_tokens
     if (highest := max(map(max, rows))) >= table:
         raise UserError(
             f"model.config.vocab_size: the tokenizer gives token {highest}, but the model knows {table}; raise vocab_size, or "
@@ -177,16 +203,22 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[st
             yield key, before.get(key), after.get(key)
 
 
-def _objective(run: RunFile, tokenizer) -> tuple[Objective, ExampleData]:
-    match run.objective:
+def _objective(objective: ObjectiveConfig, config: Data, tokenizer) -> tuple[Objective, ExampleData]:
+    match objective:
         case Choice():
-            data = ChoiceData(run.data, tokenizer)
+            data = ChoiceData(config, tokenizer)
             return data.objective, data
         case Function():
-            function = import_function(run.objective.function)
-            return FunctionObjective(function, run.objective.differentiable), CausalLmData(run.data, tokenizer)
-        case _:
-            return CausalLmObjective(), CausalLmData(run.data, tokenizer)
+            function = import_function(objective.function)
+            return FunctionObjective(function, objective.differentiable), CausalLmData(config, tokenizer)
+        case Reward():
+            return reward_objective(objective, config, tokenizer)
+        case CausalLm():
+            return CausalLmObjective(), CausalLmData(config, tokenizer)
+
+
+def _most_new_tokens(objective: ObjectiveConfig) -> int:
+    return objective.generation.max_new_tokens if isinstance(objective, Reward) else 0
 
 
 def _short_first(examples: Sequence[Any]) -> list[Any]:

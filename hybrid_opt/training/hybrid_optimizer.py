@@ -7,7 +7,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
-from hybrid_opt.config.estimators import Estimator as EstimatorConfig
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.build import build_engine, with_engine_settings
 from hybrid_opt.engines.contract import Contribution
-from hybrid_opt.engines.update_rules import UpdateRule, build_rule
-from hybrid_opt.errors import DivergedError, UserError
-from hybrid_opt.estimators.backprop import BackpropEstimator
+from hybrid_opt.engines.update_rules import Sgd, UpdateRule, build_rule
+from hybrid_opt.errors import DivergedError, UserError, did_you_mean
+from hybrid_opt.estimators.anchor import Anchor
+from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import Compared
-from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
-from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.contract import Cost, Estimate, WeightedSum
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.noise import Key
-from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
-from hybrid_opt.objectives.contract import FunctionObjective, Objective, to_device
+from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
@@ -52,7 +50,7 @@ class StepReport:
     """Learning rate of each estimator that acted."""
     loss: float | None
     """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
-    evaluated."""
+    evaluated, or only what estimators minimise instead."""
     tokens: int
     """Tokens that forward passes processed."""
     seconds: float
@@ -68,6 +66,7 @@ class HybridOptimizer:
         model: any `torch.nn.Module`; parameters with `requires_grad=False` are left alone.
         objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective; not needed if only closures are used.
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
+        objectives: what some estimators minimise instead, by their names in the schedule.
         steps: length of the run, for learning rates that change over it.
         seed: decides all noise.
         engine: where the weights live, the `engine` section of a run file; None: where they are. With many processes (ZeRO) every
@@ -86,22 +85,26 @@ class HybridOptimizer:
         objective: Objective | Callable[[nn.Module, Any], Tensor] | None = None,
         *,
         schedule: str | Path | dict[str, Any] | ScheduleFile,
+        objectives: Mapping[str, Objective | Callable[[nn.Module, Any], Tensor]] | None = None,
         steps: int | None = None,
         seed: int = 0,
         engine: EngineConfig | None = None,
     ):
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
+        self.objectives = {name: as_objective(own) for name, own in (objectives or {}).items()}
+        self._refuse_unknown(self.objectives, "objectives")
         self.seed = seed
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.policies = resolve_policies(self.config, names)
         self._refuse_missing_gradient()
         self.engine = build_engine(model, self.config, self.policies.values(), engine, seed=seed)
-        self.estimators = {name: _build_estimator(c) for name, c in self.config.estimators.items()}
+        self.estimators = {name: build_estimator(c) for name, c in self.config.estimators.items()}
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
         self.followers = self._followers()
+        self.anchor = Anchor(self.engine, self._anchored())
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update)
             for name, c in self.config.estimators.items()
@@ -110,32 +113,31 @@ class HybridOptimizer:
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
 
-    def step(self, batch: Any) -> StepReport:
+    def step(self, batch: Any, batches: Mapping[str, Any] | None = None) -> StepReport:
         """Take one step.
 
         Args:
             batch: what the objective takes, the first dimension of its tensors being the examples; or a function
                 without arguments that returns the losses (examples,) or their mean at the current weights, which is
                 called once or more and must not call `backward`.
+            batches: for some estimators another batch, by name.
 
         Raises:
             UserError: losses that are not finite or not of the expected form.
         """
         with self.engine.ranks.loss_reported():
-            return self._step(batch)
+            return self._step(batch, batches or {})
 
-    def _step(self, batch: Any) -> StepReport:
+    def _step(self, batch: Any, batches: Mapping[str, Any]) -> StepReport:
         started, step = time.perf_counter(), self.signals.step
-        objective = _Closure(batch) if callable(batch) else self.objective
-        if objective is None:
-            raise UserError("objective: none was given, so pass step() a function that returns the losses")
-        batch = None if callable(batch) else to_device(batch, self.engine.device)
+        self._refuse_unknown(batches, "batches")
         plan = self.schedule.plan(step, self.signals)
         owned = {name: self.may_move(name) for name in plan}
         estimates, costs, durations = {}, {}, {}
         for name in plan:
             begun = time.perf_counter()
-            estimates[name], costs[name] = self._estimate(name, objective, batch, owned[name])
+            own = self._evaluated(name, batches.get(name, batch))
+            estimates[name], costs[name] = self._estimate(name, *own, owned[name])
             durations[name] = time.perf_counter() - begun
         gradient = next((name for name in plan if self.rules[name] is None), None)
         if gradient is not None:
@@ -143,10 +145,9 @@ class HybridOptimizer:
         compared = self._compared(gradient, estimates, owned)
         estimates |= compared
         rates = {name: self.learning_rates[name](step) for name in plan}
-        self.engine.apply(
-            [Contribution(estimates[name], plan[name], owned[name], rates[name], self.rules[name]) for name in plan],
-            step,
-        )
+        telling = [name for name in plan if not costs[name].is_empty]
+        if parts := [p for n in telling for p in self._contributions(n, estimates[n], plan[n], owned[n], rates[n])]:
+            self.engine.apply(parts, step)
         for name, estimate in compared.items():
             found = {**costs[name].statistics, **estimate.statistics(self.engine.ranks)}
             costs[name] = replace(costs[name], statistics=found)
@@ -159,7 +160,7 @@ class HybridOptimizer:
             weights=plan,
             costs=costs,
             learning_rates=rates,
-            loss=_loss(costs.values()),
+            loss=_loss(cost for name, cost in costs.items() if name not in self.objectives),
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
@@ -190,16 +191,39 @@ class HybridOptimizer:
             ) from error
         return estimate, cost
 
+    def _evaluated(self, name: str, batch: Any) -> tuple[Objective, Any]:
+        """What an estimator minimises in a step, and on what."""
+        objective = self.objectives.get(name, self.objective)
+        if callable(batch):
+            return Closure(batch), None
+        if objective is None:
+            raise UserError("objective: none was given, so pass step() a function that returns the losses")
+        return objective, to_device(batch, self.engine.device)
+
+    def _contributions(
+        self, name: str, estimate: Estimate, weight: float, names: list[str], rate: float
+    ) -> Iterator[Contribution]:
+        """An estimator's part in a step, with the pull of its anchor."""
+        strength, rule = getattr(self.config.estimators[name], "anchor", 0.0), self.rules[name]
+        if strength and rule is not None:  # the pull first: it is to see the weights as they were
+            estimate = WeightedSum([(strength, self.anchor), (1.0, estimate)])
+        yield Contribution(estimate, weight, names, rate, rule)
+        if strength and rule is None:  # the engine adds it to the gradient, which not every engine can read here
+            yield Contribution(self.anchor, weight * strength, names, rate, Sgd())
+
     def _compared(
         self, gradient: str | None, estimates: dict[str, Estimate], owned: dict[str, list[str]]
     ) -> dict[str, Compared]:
-        """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same."""
+        """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same to
+        minimise the same."""
         if gradient is None:
             return {}
         return {
             name: Compared(estimate, estimates[gradient], frozenset(owned[gradient]))
             for name, estimate in estimates.items()
-            if name != gradient and not set(owned[gradient]).isdisjoint(owned[name])
+            if name != gradient
+            and self.objectives.get(name) is self.objectives.get(gradient)
+            and not set(owned[gradient]).isdisjoint(owned[name])
         }
 
     def acting(self) -> list[str]:
@@ -240,55 +264,28 @@ class HybridOptimizer:
         may_move = {name: may_ever_move(self.config, self.policies, name) for name in acting}
         return Followers(self.engine, acting, may_move)
 
-    def _refuse_missing_gradient(self) -> None:
-        for name in acting_names(self.config.schedule):
-            if (
-                isinstance(self.config.estimators[name], Backprop)
-                and self.objective
-                and not self.objective.differentiable
-            ):
+    def _anchored(self) -> frozenset[str]:
+        """Parameters that are ever pulled back to where they were."""
+        acting = acting_names(self.config.schedule)
+        names = [name for name in acting if getattr(self.config.estimators[name], "anchor", 0.0)]
+        return frozenset().union(*(may_ever_move(self.config, self.policies, name) for name in names))
+
+    def _refuse_unknown(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name not in self.config.estimators:
+                known = self.config.estimators
                 raise UserError(
-                    f"schedule: {name!r} is backprop, but the objective has no gradient; use a schedule of es alone"
+                    f"{where}: {name!r} is none of the schedule's estimators {list(known)}{did_you_mean(name, known)}"
                 )
 
-
-class _Closure:
-    """A function without arguments as an objective."""
-
-    differentiable = True
-
-    def __init__(self, function: Callable[[], Tensor]):
-        self.function = function
-
-    def losses(self, model: nn.Module, batch: None) -> Tensor:
-        losses = self.function()
-        if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.dim() > 1:
-            raise UserError(
-                f"the function given to step() must return losses (examples,) or their mean, not {losses!r}"
-            )
-        return losses.reshape(-1)
-
-    def measures(self, model: nn.Module, batch: None) -> dict[str, Tensor]:
-        return {"loss": self.losses(model, batch)}
-
-
-def as_objective(objective: Objective | Callable[[nn.Module, Any], Tensor] | None) -> Objective | None:
-    """An Objective from a plain function; an Objective as it is."""
-    if objective is None or hasattr(objective, "losses"):
-        return objective
-    if callable(objective):
-        return FunctionObjective(objective)
-    raise UserError(f"objective: expected losses(model, batch) -> Tensor (examples,), got {objective!r}")
-
-
-def _build_estimator(config: EstimatorConfig) -> Estimator:
-    match config:
-        case EvolutionStrategy():
-            return EsEstimator(config)
-        case Backprop():
-            return BackpropEstimator(config)
-        case StaleGradient():
-            return StaleGradientEstimator()
+    def _refuse_missing_gradient(self) -> None:
+        for name in acting_names(self.config.schedule):
+            objective = self.objectives.get(name, self.objective)
+            if isinstance(self.config.estimators[name], Backprop) and objective and not objective.differentiable:
+                raise UserError(
+                    f"schedule: {name!r} is backprop, but the objective has no gradient; use a schedule of es alone, or give "
+                    f"{name!r} an objective of its own (objectives)"
+                )
 
 
 def _loss(costs: Iterable[Cost]) -> float | None:

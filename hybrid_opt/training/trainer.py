@@ -4,7 +4,7 @@ One idea: the trainer adds nothing to the method. It asks `HybridOptimizer` for 
 what happened, so a loop of one's own around the same object gives the same weights.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
-from hybrid_opt.objectives.batches import Batches, IterableBatches
+from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -44,6 +44,7 @@ class Trainer:
         objective: `losses(model, batch) -> Tensor (examples,)`, or an Objective.
         batches: an iterable of batches, started again when it ends, or an object with `batch_at(step)`.
         schedule: a path, a shipped recipe's name, a dictionary, or a `ScheduleFile`.
+        objectives: what some estimators minimise instead, by their names in the schedule, each with its own batches.
         steps: number of steps; None: as many as the budget allows.
         budget: what the steps may spend; None: no limit.
         seed: decides all noise.
@@ -74,6 +75,8 @@ class Trainer:
         batches: Iterable[Any] | Batches,
         *,
         schedule: str | Path | dict[str, Any] | ScheduleFile,
+        objectives: Mapping[str, tuple[Objective | Callable[[nn.Module, Any], Tensor], Iterable[Any] | Batches]]
+        | None = None,
         steps: int | None = None,
         budget: Budget | None = None,
         seed: int = 0,
@@ -106,11 +109,21 @@ class Trainer:
                 "report_to: trackers need an output folder, whose name they give to the run; pass output=..."
             )
         refuse_missing_packages(report_to)
-        self.optimizer = HybridOptimizer(model, objective, schedule=schedule, steps=steps, seed=seed, engine=engine)
+        own = objectives or {}
+        self.optimizer = HybridOptimizer(
+            model,
+            objective,
+            schedule=schedule,
+            objectives={name: objective for name, (objective, _) in own.items()},
+            steps=steps,
+            seed=seed,
+            engine=engine,
+        )
         self.ranks = self.optimizer.engine.ranks
         self.records = self.folder is not None and self.ranks.rank == 0
         self.consolidates = getattr(engine, "consolidate", False)
-        self.batches = batches if hasattr(batches, "batch_at") else IterableBatches(batches)
+        self.batches = as_batches(batches)
+        self.own_batches = {name: as_batches(batches) for name, (_, batches) in own.items()}
         self.steps, self.budget = steps, budget
         self.evaluate_every, self.checkpoint_every, self.saves_model = evaluate_every, checkpoint_every, saves_model
         self.update_norms = UpdateNorms(self.optimizer.engine)
@@ -182,7 +195,9 @@ class Trainer:
         self.update_norms.before({name: self.optimizer.may_move(name) for name in acting})
         device = self.optimizer.engine.device
         forget_peak(device)
-        report = self.optimizer.step(self.batches.batch_at(step))
+        own = {name: self.own_batches[name].batch_at(step) for name in acting if name in self.own_batches}
+        batch = None if own.keys() >= set(acting) else self.batches.batch_at(step)
+        report = self.optimizer.step(batch, own)
         row = metrics_row(report, peak_memory_bytes(device), self.update_norms.after())
         self.metrics.append(row)
         if self.records:
