@@ -16,7 +16,7 @@ from hybrid_opt.estimators.factors import active_factors
 from hybrid_opt.objectives.language_model import pad_token
 from hybrid_opt.rollouts.choosing import build_choice
 from hybrid_opt.rollouts.contract import Completions
-from hybrid_opt.rollouts.prefill import prefill, sharing
+from hybrid_opt.rollouts.prefill import Prefill, sharing
 
 LEAVING = 1 / 8
 """Share of the rows from which on it pays to copy the others' cache."""
@@ -34,6 +34,7 @@ class Decoding:
         self.config = config
         self.pad = pad_token(tokenizer)
         self.ends = {tokenizer.eos_token_id} - {None}
+        self.prefill = Prefill()
         self.stop_strings = StopStringCriteria(tokenizer, list(config.stop)) if config.stop else None
 
     @torch.no_grad()
@@ -47,7 +48,7 @@ class Decoding:
         rows = torch.arange(len(ids), device=ids.device)  # those that still take part
         together = any(is_spread(p) for p in model.parameters())
         with sharing(active_factors()) as parts:
-            logits, context = prefill(model, ids, batch["attention_mask"], parts)
+            logits, context = self.prefill(model, ids, batch["attention_mask"], parts)
             for position in range(most):
                 tokens = choose(logits, rows).where(~finished[rows], self.pad)
                 written[rows, position] = tokens

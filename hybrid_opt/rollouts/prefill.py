@@ -1,7 +1,8 @@
-"""Reading the prompts into a key-value cache. Next: `choosing.py`.
+"""Reading the prompts into a key-value cache. Next: `shared_layers.py`.
 
 One idea: what rows have in common is read once. All prompts of a batch that begin alike (instructions, examples) share the reading of
-that beginning, once for each member, because the members' weights differ and so do their caches.
+that beginning, once for each member, because the members' weights differ and so do their caches; in layers below all noise they do
+not, and members share them.
 """
 
 import inspect
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from hybrid_opt.estimators.factors import Factors
 from hybrid_opt.objectives.language_model import forward_of
+from hybrid_opt.rollouts.shared_layers import SharedLayers, decoder_layers, part_caches, parted_after
 
 WORTHWHILE = 8
 """Tokens in common from which on a pass of their own pays."""
@@ -31,6 +33,12 @@ class Parts:
         """Say that the next passes have this many rows of all members together."""
         if self.factors:
             self.factors.rows = rows
+
+    def alike(self, ids: Tensor, mask: Tensor) -> bool:
+        """Whether all parts, more than one, have the same prompts; ids, mask: (rows, tokens)."""
+        first = len(ids) // self.count
+        same = (bool((x.view(self.count, first, -1) == x[:first]).all()) for x in (ids, mask))
+        return self.count > 1 and all(same)
 
     def shrunk(self, finished: Tensor, leaving: float) -> Tensor | None:
         """Numbers of the rows to keep, as many of each part, so that all unfinished ones are kept; None if too few would leave."""
@@ -97,24 +105,47 @@ class Context:
         self.positions = self.positions.repeat_interleave(times, dim=0)
 
 
-def prefill(model: nn.Module, ids: Tensor, mask: Tensor, parts: Parts) -> tuple[Tensor, Context]:
-    """Logits after each row's prompt, (rows, vocabulary), and the context to go on with.
+class Prefill:
+    """Reads the prompts of a batch, what they have in common once."""
 
-    Args:
-        ids, mask: (rows, tokens), padded on the left.
-    """
-    context, rows = Context(model), len(ids)
-    common = _beginning_in_common(ids, mask) if rows > parts.count else 0
+    def __init__(self):
+        self.shared_layers = SharedLayers()
+
+    def __call__(self, model: nn.Module, ids: Tensor, mask: Tensor, parts: Parts) -> tuple[Tensor, Context]:
+        """Logits after each row's prompt, (rows, vocabulary), and the context to go on with.
+
+        Args:
+            ids, mask: (rows, tokens), padded on the left.
+        """
+        context = Context(model)
+        shared = self.shared_layers.count(model, parts.factors)
+        if shared is None:
+            with self.shared_layers.watched(model, parts.factors):
+                return _read(context, ids, mask, parts.count, parts), context
+        if not shared or not parts.alike(ids, mask) or len(context.cache.layers) != len(decoder_layers(model)):
+            return _read(context, ids, mask, parts.count, parts), context
+        own = len(ids) // parts.count
+        with parted_after(model, shared, parts.count):
+            logits = _read(context, ids[:own], mask[:own], 1, parts)
+        part_caches(context.cache, shared, parts.count)
+        context.mask, context.positions = context.mask.repeat(parts.count, 1), context.positions.repeat(parts.count)
+        return logits, context
+
+
+def _read(context: Context, ids: Tensor, mask: Tensor, groups: int, parts: Parts) -> Tensor:
+    """Read rows that come in `groups` of equal weights, a beginning that all have in common once for each group."""
+    each = len(ids) // groups
+    common = _beginning_in_common(ids, mask) if each > 1 else 0
     if common < WORTHWHILE or any(
         context.cache.is_sliding
     ):  # a window is counted in columns, of which padding would be some
-        return context.read(ids, mask), context
-    beginnings = ids[0, ids.shape[1] - int(mask[0].sum()) :][:common].expand(parts.count, -1)
+        return context.read(ids, mask)
+    beginnings = ids[0, ids.shape[1] - int(mask[0].sum()) :][:common].expand(groups, -1)
     parts.have(parts.count)
     context.read(beginnings, torch.ones_like(beginnings))
-    context.repeat(rows // parts.count)
-    parts.have(rows)
-    return context.read(*_rest(ids, mask, common)), context
+    context.repeat(each)
+    parts.have(parts.count * each)
+    return context.read(*_rest(ids, mask, common))
 
 
 def _beginning_in_common(ids: Tensor, mask: Tensor) -> int:
