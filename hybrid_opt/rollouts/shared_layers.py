@@ -65,7 +65,7 @@ def parted_after(model: nn.Module, shared: int, members: int) -> Iterator[None]:
         note = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.__setitem__(0, len(args[0])))
         last = layers[shared - 1].register_forward_hook(lambda _, args, output: parted(output, rows[0]))
         above = [
-            layer.register_forward_pre_hook(lambda _, args, kwargs: (args, parted(kwargs, rows[0])), with_kwargs=True)
+            layer.register_forward_pre_hook(lambda _, *inputs: parted(inputs, rows[0]), with_kwargs=True)
             for layer in layers[shared:]
         ]
         for handle in (note, last, *above):

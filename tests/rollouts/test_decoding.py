@@ -27,7 +27,7 @@ KINDS = ["llama", "mistral", "qwen3", "gemma3_text", "gpt2", "opt"]
 def plain(model, prompts, most):
     """What `generate` writes for each prompt alone, up to its first end-of-text token."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = {TOKENIZER.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
