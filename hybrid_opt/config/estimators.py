@@ -138,7 +138,7 @@ class EvolutionStrategy(LearningRate):
         if self.distinct_examples and self.fitness_shaping == "centered_rank" and self.group_baseline == "none":
             raise ValueError(
                 "fitness_shaping 'centered_rank' compares members that see different examples (distinct_examples); write "
-                "group_baseline: mean, or fitness_shaping: none or standardize"
+                "fitness_shaping: none or standardize, or group_baseline: mean"
             )
         if self.fitness_shaping == "standardize" and n < 5:
             raise ValueError(

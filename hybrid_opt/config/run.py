@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
+from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
-from hybrid_opt.config.rewards import FUNCTION, Reward
+from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 from hybrid_opt.errors import did_you_mean
@@ -100,38 +101,6 @@ class Data(Strict):
         if self.choices is not None and len(set(self.choices)) < max(2, len(self.choices)):
             raise ValueError("choices needs at least two different completions, each written once")
         return self
-
-
-class CausalLm(Strict):
-    """Mean cross-entropy of an example's tokens, prompt left out."""
-
-    type: Literal["causal_lm"]
-
-
-class Choice(Strict):
-    """Cross-entropy over the choices' sequence log-probabilities, and accuracy."""
-
-    type: Literal["choice"]
-
-
-class Function(Strict):
-    """A function of your own: `losses(model, batch) -> Tensor (examples,)`."""
-
-    type: Literal["function"]
-    function: str
-    """`module:function`, importable from the folder in which the command runs."""
-    differentiable: bool = True
-    """False: only estimators that need no gradient may act."""
-
-    @field_validator("function")
-    @classmethod
-    def _names_a_function(cls, path):
-        if not FUNCTION.fullmatch(path):
-            raise ValueError(f"{path!r} is not of the form module:function, such as losses:my_losses")
-        return path
-
-
-Objective = Annotated[CausalLm | Choice | Function | Reward, Field(discriminator="type")]
 
 
 def refuse_unsuited_data(objective: Objective, data: Data, where: str = "") -> None:
@@ -337,7 +306,8 @@ class RunFile(Strict):
             needed = groups * (estimator.examples_per_step or 1)
             if needed > self.batch_size_of(name):
                 raise ValueError(
-                    f"the estimator {name!r} needs {needed} different examples a step, but its batch_size is "
+                    f"the estimator {name!r} needs {needed} different examples a step, but "
+                    f"{f'objectives.{name}' if self.batch_size_of(name) != self.training.batch_size else 'training'}.batch_size is "
                     f"{self.batch_size_of(name)}; raise it to {needed}, or lower "
                     + ("population_size or examples_per_step" if estimator.distinct_examples else "examples_per_step")
                 )

@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.memory import free_memory_bytes
-from hybrid_opt.objectives.contract import count_elements
+from hybrid_opt.objectives.contract import Objective, count_elements
 
 EFFICIENT = {"cpu": 1024, "cuda": 32768}
 """Tokens (elements of the largest tensor of a batch) in a forward pass from which on more make it no faster."""
@@ -112,6 +112,11 @@ class ForwardSize:
         self._fits = min(rows, self._fits or rows)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def row_bytes(objective: Objective, model: nn.Module, batch: Any) -> int:
+    """Memory that a row takes beside a pass's own activations: what an objective keeps of it from one pass to the next."""
+    return objective.row_bytes(model, batch) if hasattr(objective, "row_bytes") else 0
 
 
 def one_by_one(losses_of: Callable[[Piece], Tensor], members: int) -> Tensor:

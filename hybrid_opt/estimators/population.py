@@ -41,7 +41,7 @@ class PopulationWatch:
         signal = 1 - self.even / self.odd if self.odd else 0.0
         if signal <= 0 or not self.differ:
             return None
-        return 2 * math.ceil((1 + 1 / signal) * self.pairs / self.differ)
+        return 2 * math.ceil((1 + 1 / signal) * self.pairs / self.differ - 1e-6)
 
     def _judge(self, pairs: int) -> None:
         needed = self.needed()

@@ -25,6 +25,7 @@ from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, Verdict
 from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
+from hybrid_opt.rollouts.prefill import cache_bytes
 
 
 class RewardObjective:
@@ -77,6 +78,10 @@ class RewardObjective:
         """The batch with a seed for each example's random numbers in generation."""
         seeds = [key.fold(i).seed() for i in range(len(batch["input_ids"]))]
         return {**batch, "seeds": torch.tensor(seeds)}
+
+    def row_bytes(self, model: nn.Module, batch: dict[str, Any]) -> int:
+        """What a row holds from one token to the next: its keys and values, when it is at its longest."""
+        return cache_bytes(model, batch["input_ids"].shape[1] + self.generation.max_new_tokens)
 
     @property
     def rehearsal(self) -> "_OnePass":

@@ -105,6 +105,14 @@ class Context:
         self.positions = self.positions.repeat_interleave(times, dim=0)
 
 
+def cache_bytes(model: nn.Module, tokens: int) -> int:
+    """Size of a row's keys and values of so many tokens, in all layers."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * tokens * next(model.parameters()).element_size()
+
+
 class Prefill:
     """Reads the prompts of a batch, what they have in common once."""
 

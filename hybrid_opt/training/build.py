@@ -11,10 +11,11 @@ from datasets import Dataset
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.loading import flat
+from hybrid_opt.config.objectives import CausalLm, Choice, Function
+from hybrid_opt.config.objectives import Objective as ObjectiveConfig
 from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.rewards import Reward
-from hybrid_opt.config.run import Budget, CausalLm, Choice, Data, Function, Model, RunFile
-from hybrid_opt.config.run import Objective as ObjectiveConfig
+from hybrid_opt.config.run import Budget, Data, Model, RunFile
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
