@@ -137,8 +137,8 @@ def interrupt_after(trainer, step: int) -> None:
     """Let this process get a Ctrl-C as soon as the trainer has taken a step."""
     take_step = trainer.optimizer.step
 
-    def step_and_interrupt(batch):
-        report = take_step(batch)
+    def step_and_interrupt(*batches):
+        report = take_step(*batches)
         if report.step == step:
             os.kill(os.getpid(), signal.SIGINT)
         return report
