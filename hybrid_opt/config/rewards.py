@@ -26,7 +26,7 @@ class RewardFunction(Strict):
 
 
 class Generation(Strict):
-    """How completions are written."""
+    """What writes completions, how it chooses tokens, and when it stops."""
 
     max_new_tokens: PositiveInt = 64
     """Most tokens of a completion."""

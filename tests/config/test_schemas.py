@@ -444,11 +444,11 @@ REFUSED_RUNS = {
     "two formats": ({"data": {**PROMPT, "text": "body"}}, f"{ONE_FORMAT}prompt, text"),
     "prompt alone": (
         {"data": {"train": "x", "prompt": "{body}"}},
-        "data: prompt and completion go together; one of them is missing",
+        "objective causal_lm needs data.completion, which goes with data.prompt",
     ),
     "completion beside text": (
         {"data": {**TEXT, "completion": "{label}"}},
-        "data: prompt and completion go together; one of them is missing",
+        "data: completion needs prompt, which is missing",
     ),
     "one choice": (
         {"data": {**PROMPT, "choices": [" a"]}},

@@ -160,10 +160,10 @@ def test_steps_after_the_last_checkpoint_are_taken_again(write_run, tmp_path):
     dying = build(load_run(path), display=Silence())
     take_step = dying.optimizer.step
 
-    def step_and_die(batch):
+    def step_and_die(*batches):
         if dying.optimizer.signals.step == 5:
             raise RuntimeError("power cut")
-        return take_step(batch)
+        return take_step(*batches)
 
     dying.optimizer.step = step_and_die
     with pytest.raises(RuntimeError, match="power cut"):
