@@ -444,7 +444,7 @@ REFUSED_RUNS = {
     "two formats": ({"data": {**PROMPT, "text": "body"}}, f"{ONE_FORMAT}prompt, text"),
     "prompt alone": (
         {"data": {"train": "x", "prompt": "{body}"}},
-        "objective causal_lm needs data.completion, which goes with data.prompt",
+        "objective choice needs data.prompt, data.completion and data.choices",
     ),
     "completion beside text": (
         {"data": {**TEXT, "completion": "{label}"}},
