@@ -12,6 +12,7 @@ from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation, StaleGradient
 from hybrid_opt.config.run import Data, RunFile
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.config.tasks import Task
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
@@ -21,10 +22,11 @@ from hybrid_opt.objectives.template import Template
 from hybrid_opt.scheduling.policy import Policy, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.tasks.rows import columns_of
 
 
 def check_data(data: Data) -> None:
-    """Whether local data files exist, can be read, and have the columns that the templates name.
+    """Whether local data files exist, can be read, and have the columns that the templates name; and built-in tasks likewise.
 
     Other sources are looked at only when training starts.
 
@@ -39,11 +41,11 @@ def check_data(data: Data) -> None:
     for key, column in (("messages", data.messages), ("text", data.text)):
         if column is not None:
             templates.append(Template(f"data.{key}", (("", column),)))
-    files = [("data.train", data.train)]
-    if isinstance(data.validation, str) and Path(data.validation).suffix:
-        files.append(("data.validation", data.validation))
-    for key, name in files:
-        columns = _columns(Path(name), key)
+    sources = [("data.train", data.train)]
+    if isinstance(data.validation, Task) or (isinstance(data.validation, str) and Path(data.validation).suffix):
+        sources.append(("data.validation", data.validation))
+    for key, source in sources:
+        columns = columns_of(source, key) if isinstance(source, Task) else _columns(Path(source), key)
         for template in templates if columns is not None else ():
             template.check(columns)
 

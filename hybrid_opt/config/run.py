@@ -5,6 +5,7 @@ the run folder. Next: `loading.py`, which makes it from YAML files and command-l
 """
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +15,7 @@ from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from hybrid_opt.config.tasks import BuiltInTask, Task
 
 
 class Model(Strict):
@@ -61,14 +63,15 @@ class Lora(Strict):
 class Data(Strict):
     """Where examples come from and how a row becomes tokens."""
 
-    train: Text
-    """A file (.jsonl, .json, .csv, .parquet, .txt), a folder saved with `save_to_disk`, or a hub id."""
+    train: Text | BuiltInTask
+    """A file (.jsonl, .json, .csv, .parquet, .txt), a folder saved with `save_to_disk`, a hub id, or a built-in task such as
+    `{task: arithmetic, rows: 2000}`."""
     subset: str | None = None
     """Name of the hub dataset's configuration."""
     split: str = "train"
     """Split of `train` to train on."""
-    validation: Text | Fraction | None = None
-    """Held-out rows: a file, the name of a split of `train`, or a fraction of the training rows to set aside."""
+    validation: Text | Fraction | BuiltInTask | None = None
+    """Held-out rows: a file, the name of a split of `train`, a fraction of the training rows to set aside, or a built-in task."""
     prompt: str | None = None
     """Template over the columns; its tokens are not part of the loss."""
     completion: str | None = None
@@ -96,6 +99,22 @@ class Data(Strict):
             raise ValueError("prompt and completion go together; one of them is missing")
         if self.choices is not None and len(set(self.choices)) < max(2, len(self.choices)):
             raise ValueError("choices needs at least two different completions, each written once")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_suit_source(self):
+        if not isinstance(self.train, Task):
+            return self
+        if self.split != "train" or self.subset is not None:
+            raise ValueError(
+                "split and subset are for files and hub ids, but train is a built-in task; write split within the task"
+            )
+        name = self.validation
+        if isinstance(name, str) and not (Path(name).suffix or Path(name).exists()):
+            raise ValueError(
+                f"validation {name!r} is no file, and train is a built-in task, which has no splits by name; write the task again "
+                "with split: held_out, or a fraction such as 0.1"
+            )
         return self
 
 

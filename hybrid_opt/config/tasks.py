@@ -31,7 +31,7 @@ class Task(Strict):
     data.validation."""
 
     def __str__(self) -> str:
-        said = self.model_dump(include=self.model_fields_set)
+        said = {"task": None, **self.model_dump(include=self.model_fields_set)}
         return "{" + ", ".join(f"{key}: {value}" for key, value in said.items()) + "}"
 
 

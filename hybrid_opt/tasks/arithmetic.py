@@ -13,6 +13,7 @@ from hybrid_opt.tasks.expressions import evaluate
 from hybrid_opt.tasks.sampling import drawn
 
 COLUMNS = ("question", "answer")
+MOST_CHARACTERS = 100_000
 _NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212])?(?<![\w.,])[0-9]+(?:\.[0-9]+)?(?!\w|[.,][0-9])")
 
 
@@ -45,7 +46,7 @@ def arithmetic(
     letter or a digit of another script, or that are grouped (`1,000`, `1.2.3`), are no number.
 
     Args:
-        form: `last_number`: the last number in the completion counts; `number`: the completion must be a number and nothing else,
+        form: `last_number`: the last number in the completion's last MOST_CHARACTERS characters counts; `number`: the completion must be a number and nothing else,
             but for white space at its ends.
     """
     return [
@@ -57,7 +58,7 @@ def arithmetic(
 def _value(text: str, form: str) -> str | None:
     if form == "number":
         return _canonical(text.strip())
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text, max(0, len(text) - MOST_CHARACTERS))  # from there on, but what stands before is seen
     return _canonical(found[-1]) if found else None
 
 

@@ -13,6 +13,8 @@ from pydantic import AfterValidator
 from hybrid_opt.errors import UserError
 from hybrid_opt.tasks.completions import references, text_of
 
+MOST_CHARACTERS = 50_000
+
 
 def _different(labels: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(labels)) < max(2, len(labels)) or not all(label.strip() == label != "" for label in labels):
@@ -67,8 +69,9 @@ def chosen(text: str, choices: tuple[str, ...]) -> str | None:
        or that a closing bracket follows anywhere: `A`, `A.`, `A) text`, `(A)`. `**` around it does not matter.
 
     Labels are compared as written, case included, and never within a word. Where step 1 or 2 finds two different labels, nothing
-    is chosen.
+    is chosen. Only the last MOST_CHARACTERS characters are read.
     """
+    text = text[-MOST_CHARACTERS:]
     statement, mark = _patterns(choices)
     one = f"(?<!\\w)(?:{_any(choices)})(?!\\w)"
     stated = [label for found in statement.finditer(text) for label in re.findall(one, found[1])]

@@ -18,6 +18,7 @@ from typing import Any
 from hybrid_opt.config.tasks import ReasoningGym, SplitName
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.tasks.completions import last_answer, text_of
+from hybrid_opt.tasks.reasoning_gym_rows import REFUSED
 from hybrid_opt.tasks.refused import refused
 
 COLUMNS = ("question", "answer", "entry")
@@ -117,6 +118,6 @@ def rows(task: ReasoningGym, split: SplitName, key: str) -> list[dict[str, Any]]
         text=True,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise UserError(f"{key}: {said[-1]}")
+        said = done.stderr.strip().splitlines()[-1]
+        raise UserError(f"{key}.{said}" if done.returncode == REFUSED else f"{key}.name: {task.name} failed: {said}")
     return json.loads(done.stdout)

@@ -16,6 +16,9 @@ from hybrid_opt.tasks.sampling import HELD_OUT_ONE_IN, different
 PATIENCE = 1000
 """Questions in a row that are not new after which there are taken to be no more; making one may take a second."""
 
+REFUSED = 3
+"""Exit code where the last line of standard error is for the user."""
+
 
 def main() -> None:
     """Make the rows that are ordered."""
@@ -24,7 +27,8 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):  # some tasks print
             rows = different(_candidates(order), order["rows"], order["split"], PATIENCE)
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(REFUSED)
     json.dump(rows, sys.stdout)
 
 
