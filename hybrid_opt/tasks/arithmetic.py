@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from hybrid_opt.config.tasks import Arithmetic
+from hybrid_opt.errors import UserError
 from hybrid_opt.tasks.completions import text_of
 from hybrid_opt.tasks.expressions import evaluate
 from hybrid_opt.tasks.sampling import drawn
@@ -48,11 +49,21 @@ def arithmetic(
     Args:
         form: `last_number`: the last number in the completion's last MOST_CHARACTERS characters counts; `number`: the completion must be a number and nothing else,
             but for white space at its ends.
+
+    Raises:
+        UserError: the column holds something else than numbers.
     """
     return [
-        None if right is None else float(_value(text_of(completion), form) == _canonical(str(right).strip()))
+        None if right is None else float(_value(text_of(completion), form) == _reference(right))
         for completion, right in zip(completions, answer, strict=True)
     ]
+
+
+def _reference(right: Any) -> str:
+    number = _canonical(str(right).strip())
+    if number is None:
+        raise UserError(f"arithmetic: the column 'answer' holds {right!r}, which is no number; judge with exact_match")
+    return number
 
 
 def _value(text: str, form: str) -> str | None:

@@ -15,7 +15,7 @@ from hybrid_opt.errors import UserError
 HELD_OUT_ONE_IN = 5
 LISTED = 2**20
 """Up to so many questions are shuffled as a whole; of more, numbers are drawn and repeated ones dropped."""
-PATIENCE = 200_000
+PATIENCE = 20_000
 """Draws in a row without a new question after which there are taken to be no more."""
 
 
@@ -62,7 +62,7 @@ def different(
     if len(rows) < count:
         whole = "" if split == "all" else f" in the split {split!r}"
         raise UserError(
-            f"rows: {count} rows with different questions were asked for, but these options give only {len(rows)}{whole}; write "
+            f"rows: {count} rows with different questions were asked for, but these options gave only {len(rows)}{whole}; write "
             f"rows: {len(rows)}, or options with more questions" + (", or split: all" if whole else "")
         )
     return list(rows.values())

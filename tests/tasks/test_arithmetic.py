@@ -78,11 +78,15 @@ def test_numbers_are_drawn_evenly():
         ("--8", "-8", 1, 0), ("8kg", "8", 0, 0), ("x8", "8", 0, 0), ("$8", "8", 1, 0), ("1,008", "8", 0, 0), ("1.0.8", "8", 0, 0),
         ("8e0", "8", 0, 0), ("1e8", "8", 0, 0), ("\u0668", "8", 0, 0), ("\u06668", "8", 0, 0), ("8\u0666", "8", 0, 0), ("\uff18", "8", 0, 0),
         ("", "8", 0, 0), ("eight", "8", 0, 0), ("8\u200b", "8", 1, 0), ("9" * 5000, "9" * 5000, 1, 1), ("9" * 10**6, "9" * 5000, 0, 0),
-        ("1" + "0" * 10**6 + "8", "8", 0, 0), ("8", 8, 1, 1), ("x", "x", None, None), ("8", None, None, None),
+        ("1" + "0" * 10**6 + "8", "8", 0, 0), ("8", 8, 1, 1), ("8", None, None, None),
     ],
 )  # fmt: skip
 def test_reading(completion, answer, last, number):
-    if answer == "x":
-        last = number = 0
     assert arithmetic(["?"], [completion], answer=[answer]) == [last]
     assert arithmetic(["?"], [completion], answer=[answer], form="number") == [number]
+
+
+@pytest.mark.parametrize("answer", ["x", "", "8 apples", "\u0668", "1,008"])
+def test_a_reference_that_is_no_number(answer):
+    with pytest.raises(UserError, match=r"column 'answer' holds .*, which is no number; judge with exact_match"):
+        arithmetic(["?"], ["no number either"], answer=[answer])
