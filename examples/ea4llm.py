@@ -12,7 +12,8 @@ import argparse
 from pathlib import Path
 
 from hybrid_opt import Trainer, load_model, load_schedule, load_tokenizer
-from hybrid_opt.config.run import Data, Model
+from hybrid_opt.config.data import Data
+from hybrid_opt.config.run import Model
 from hybrid_opt.objectives.batches import ShuffledBatches, hold_out
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.data import load_splits

@@ -1,69 +1,22 @@
 """What `check` and `plan` show: who may move what, and who acts when. No torch, no weights. Next: `scheduling/policy.py`."""
 
-import csv
 import math
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
 from rich.table import Column, Table
 from rich.text import Text
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation, StaleGradient
-from hybrid_opt.config.run import Data, RunFile
+from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.models.inventory import inventory
-from hybrid_opt.objectives import jsonl
-from hybrid_opt.objectives.template import Template
 from hybrid_opt.scheduling.policy import Policy, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
-
-
-def check_data(data: Data) -> None:
-    """Whether local data files exist, can be read, and have the columns that the templates name.
-
-    Other sources are looked at only when training starts.
-
-    Raises:
-        UserError: naming the file, the line or the column.
-    """
-    templates = [
-        Template.parse(text, f"data.{key}")
-        for key, text in (("prompt", data.prompt), ("completion", data.completion))
-        if text is not None
-    ]
-    for key, column in (("messages", data.messages), ("text", data.text)):
-        if column is not None:
-            templates.append(Template(f"data.{key}", (("", column),)))
-    files = [("data.train", data.train)]
-    if isinstance(data.validation, str) and Path(data.validation).suffix:
-        files.append(("data.validation", data.validation))
-    for key, name in files:
-        columns = _columns(Path(name), key)
-        for template in templates if columns is not None else ():
-            template.check(columns)
-
-
-def _columns(path: Path, key: str) -> list[str] | None:
-    if path.suffix not in (".jsonl", ".csv", ".txt"):
-        return None
-    if not path.is_file():
-        raise UserError(f"{key}: {path}: no such file")
-    if path.suffix == ".txt":
-        return ["text"]
-    try:
-        if path.suffix == ".jsonl":
-            return jsonl.columns(path)
-        with path.open(encoding="utf-8", newline="") as file:
-            return next(csv.reader(file), [])
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{key}: {path}: cannot be read: {error}") from None
 
 
 def policy_tables(run: RunFile) -> Iterator[Table | Text]:
@@ -181,7 +134,7 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             stretches[-1] = (stretches[-1][0], step, who)
         else:
             stretches.append((step, step, who))
-        evaluations = [_evaluations(run.schedule.estimators[name], run.training.batch_size) for name in weights]
+        evaluations = [_evaluations(run.schedule.estimators[name], run.batch_size_of(name)) for name in weights]
         forwards = sum(members for members, _ in evaluations)
         tokens = sum(members * examples for members, examples in evaluations) * run.data.max_tokens
         signals = signals.updated(tokens=tokens, forwards=forwards, loss=None)

@@ -73,13 +73,14 @@ def train(
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
-    from hybrid_opt.checking import check_data, engine_notes, policy_tables
+    from hybrid_opt.checking import engine_notes, policy_tables
     from hybrid_opt.config import located
     from hybrid_opt.config.reporting import refuse_missing_packages
+    from hybrid_opt.objectives.checking import check_data
 
     config, source = _load(run, overrides, schedule)
     with located(source):
-        check_data(config.data)
+        check_data(config)
         refuse_missing_packages(config.report_to)
         tables = [*policy_tables(config), *engine_notes(config)]
     from rich.console import Console

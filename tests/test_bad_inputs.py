@@ -40,6 +40,10 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_si
 CAUSAL = {"objective": {"type": "causal_lm"}, "data.choices": ABSENT}
 BARE = {**CAUSAL, "data.completion": "{label}", "data.append_eos": False}
 TEXT = {**CAUSAL, "data.prompt": ABSENT, "data.completion": ABSENT, "data.text": "body", "data.max_tokens": 8}
+SUMS, GYM = (
+    {"task": "arithmetic", "rows": 20, "largest": 9},
+    {"task": "reasoning_gym", "name": "leg_counting", "rows": 2},
+)
 CHAT = {**CAUSAL, "data.prompt": ABSENT, "data.completion": ABSENT, "data.messages": "chat", "data.validation": ABSENT}
 ASK, ANSWER = {"role": "user", "content": "offer"}, {"role": "assistant", "content": "spam"}
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -85,6 +89,18 @@ def raw(content: bytes) -> Arrange:
 def data(content: str | bytes | list, changes: dict | None = None, name: str = "rows.jsonl") -> Arrange:
     content = jsonl(*content) if isinstance(content, list) else content
     return run({"data.train": name, **(changes or {})}, files={name: content})
+
+
+def task(changes: dict, base: dict | None = None, **others) -> Arrange:
+    """A built-in task as training data, with changed options."""
+    own = {
+        "prompt": "{question}",
+        "completion": "{answer}",
+        "validation": ABSENT,
+        "train": changed(base or SUMS, changes),
+        **others,
+    }
+    return run({**CAUSAL, **{f"data.{key}": value for key, value in own.items()}})
 
 
 def schedule(changes: dict) -> Arrange:
@@ -264,6 +280,35 @@ CASES = [
     case("validation missing", RUN, run({"data.validation": "no.csv"}), "data.validation: no.csv: no such file"),
     case("no such split", RUN, run({"data.validation": "test"}), "data.validation: ", "'train'", "'test'"),
     case("validation beyond 1", RUN, run({"data.validation": 1.5}), "data.validation: ", "less than 1", "1.5"),
+    case("unknown task", RUN, task({"task": "arithmetc"}), "data.train: task is 'arithmetc'", "'arithmetic'?"),
+    case("task without name", RUN, task({"task": ABSENT}), "data.train: expected keys with a task"),
+    case("task option unknown", RUN, task({"largst": 9}), "data.train.largst: unknown key", "'largest'?"),
+    case("task option of a wrong kind", RUN, task({"terms": "two"}), "data.train.terms: ", "integer", "'two'"),
+    case("numbers swapped", RUN, task({"smallest": 10}), "data.train: smallest 10 is above largest 9", "swap"),
+    case("operator unknown", RUN, task({"operators": "+^"}), "data.train.operators: '^' is no operator", "+-*"),
+    case("operator twice", RUN, task({"operators": "++"}), "data.train.operators: '++'", "once"),
+    case("too many rows", RUN, task({"rows": 999}), "data.train.rows: 999 rows", "in the split 'train'; write rows: "),
+    case(
+        "validation's rows", RUN, task({}, validation={**SUMS, "rows": 99}), "data.validation.rows: 99 rows", "held_out"
+    ),
+    case("no list for train", RUN, task({}, train=[1]), "data.train: ", "string", "keys and values", "[1]"),
+    case("split beside a task", RUN, task({}, split="test"), "data: split and subset", "within the task"),
+    case("split of a task by name", RUN, task({}, validation="test"), "data: validation 'test' is no file", "held_out"),
+    case("no column in a task", RUN, task({}, prompt="{numbers}"), "data.prompt: ", "'numbers'", "question, answer"),
+    check("no column in a task, check", RUN, task({}, prompt="{questin}"), "data.prompt: ", "'questin'", "'question'?"),
+    check("unknown gym task, check", RUN, task({"name": "leg_countin"}, GYM), "data.train: ", "'leg_counting'?"),
+    check(
+        "gym task that evaluates",
+        RUN,
+        task({"name": "n_queens"}, GYM),
+        "data.train: ",
+        "'n_queens' is not offered",
+        "eval",
+    ),
+    case("gym option unknown", RUN, task({"options": {"legs": 1}}, GYM), "data.train.options: leg_counting", "legs"),
+    case(
+        "gym seed among options", RUN, task({"options": {"seed": 1}}, GYM), "data.train.options: 'seed' belongs in seed"
+    ),
     case("nothing held out", RUN, run({"data.validation": 0.01}), "data.validation: 0.01 of 8 examples"),
     # what data holds
     case("missing column", RUN, data([{"body": "a", "label": "ham"}]), "data.prompt: ", "'subject'", "body, label"),
@@ -278,7 +323,13 @@ CASES = [
     case("no completion", RUN, run({"data.completion": ABSENT}), "objective choice needs data.prompt, data.completion"),
     case("few tokens", RUN, run({"data.max_tokens": 5}), "data.max_tokens: 5 tokens are too few", "row 0"),
     case("text of numbers", RUN, data([{"body": 3}] * 8, TEXT), "data.text: row 0", "3"),
-    case("no chat template", RUN, data([{"chat": [ASK, ANSWER]}], CHAT), "data: the tokenizer has no chat template", "use prompt"),
+    case(
+        "no chat template",
+        RUN,
+        data([{"chat": [ASK, ANSWER]}], CHAT),
+        "data: the tokenizer has no chat template",
+        "use prompt",
+    ),
     case("no answer", RUN, chat(PLAIN, ASK), "data.messages: row 0", "{role, content}", "rows.jsonl"),
     case("messages without roles", RUN, chat(PLAIN, "a", "b"), "data.messages: row 0", "{role, content}"),
     case("template refuses", RUN, chat("{{ raise_exception('x!') }}", ASK, ANSWER), "data.messages: row 0", "x!"),
@@ -376,7 +427,11 @@ def test_libraries_add_no_words_of_their_own(tmp_path):
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.parametrize("arrange", [run(), policy(ALL), weightless(LLAMA)], ids=["recipe", "policy", "weightless"])
+@pytest.mark.parametrize(
+    "arrange",
+    [run(), policy(ALL), weightless(LLAMA), task({}, validation=SUMS), task({}, GYM)],
+    ids=["recipe", "policy", "weightless", "task", "gym task"],
+)
 def test_good_input_passes_check(arrange, tmp_path, monkeypatch, capsys):
     assert exit_code(monkeypatch, "check", *arrange(tmp_path)) == 0
     assert "run.yaml: valid" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import HybridOptimizer, Key, load_schedule
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.estimators.noise import gaussian
 from hybrid_opt.objectives.batches import ShuffledBatches
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective

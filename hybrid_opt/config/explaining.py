@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from hybrid_opt.config import run as run_models
 from hybrid_opt.config import schedule as schedule_models
 from hybrid_opt.config import study as study_models
+from hybrid_opt.config import tasks as task_models
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError, did_you_mean
@@ -47,10 +48,20 @@ def validate(model: type[Config], document: dict[str, Any], source: Source) -> C
         return model.model_validate(document)
     except ValidationError as error:
         problems: dict[str, list[dict[str, Any]]] = {}
-        for item in error.errors():
-            file, loc = source(_document_keys(item["loc"], document))
+        for item, keys in _most_telling([(item, _document_keys(item["loc"], document)) for item in error.errors()]):
+            file, loc = source(keys)
             problems.setdefault(f"{file}: {'.'.join(loc) + ': ' if loc else ''}", []).append(item)
         raise UserError("\n".join(f"{where}{_explain_all(items)}" for where, items in problems.items())) from None
+
+
+def _most_telling(found: list[tuple[dict[str, Any], list[str]]]) -> list[tuple[dict[str, Any], list[str]]]:
+    """Without what kinds that a value is not of say about the whole of it, where another kind has found something within."""
+    return [
+        (item, keys)
+        for item, keys in found
+        if not item["type"].endswith("_type")
+        or not any(len(k) > len(keys) and k[: len(keys)] == keys for _, k in found)
+    ]
 
 
 def _explain_all(items: list[dict[str, Any]]) -> str:
@@ -69,7 +80,7 @@ def _document_keys(loc: tuple[Any, ...], document: Any) -> list[str]:
             place = place[part]
         elif i < len(loc) - 1 or not isinstance(part, str) or not re.fullmatch(r"[a-z_]\w*", part):
             continue  # a union's tag or type, such as 'es' or 'constrained-str'
-        elif isinstance(place, dict) and part != place.get("type"):
+        elif isinstance(place, dict) and part not in (place.get("type"), place.get("task")):
             pass  # a missing key
         else:
             continue
@@ -88,12 +99,13 @@ def _explain(item: dict[str, Any]) -> str:
             return "missing; this key is required"
         case "union_tag_invalid":
             tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
-            return f"type is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
+            return f"{_discriminator(item)} is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
         case "union_tag_not_found":
-            return f"expected keys with a type among {_tags(item)}, got {_shown(given)}"
+            return f"expected keys with a {_discriminator(item)} among {_tags(item)}, got {_shown(given)}"
         case "model_type" | "model_attributes_type" | "dict_type":
-            typed = ", one of them type" if item["type"] == "model_attributes_type" else ""
-            return f"expected keys and values{typed}, got {_shown(given)}"
+            # Within a union of other kinds too, pydantic puts the union's name last, and which key tells the kind is not said.
+            in_union = item["type"] != "model_attributes_type" or key.startswith("tagged-union")
+            return f"expected keys and values{'' if in_union else ', one of them type'}, got {_shown(given)}"
         case "tuple_type":
             return f"expected a list, got {_shown(given)}"
         case "value_error":
@@ -107,6 +119,11 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def _discriminator(item: dict[str, Any]) -> str:
+    """The key that says which of several kinds a value is of: `type`, or `task`."""
+    return item["ctx"]["discriminator"].strip("'")
+
+
 def _tags(item: dict[str, Any]) -> str:
     return item["ctx"].get("expected_tags", "those that `hybrid-opt schema` lists")
 
@@ -116,7 +133,7 @@ def _keys_of(kind: Any) -> dict[str, Any]:
 
 
 def _field_names() -> list[str]:
-    modules = (run_models, schedule_models, study_models)
+    modules = (run_models, schedule_models, study_models, task_models)
     models = [
         m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
     ]

@@ -5,6 +5,7 @@ override is checked exactly as if it stood in the file. Next: `explaining.py`, t
 """
 
 import copy
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -250,8 +251,10 @@ def flat(tree: dict[str, Any], way: str = "") -> Iterator[tuple[str, Any]]:
 
 def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:
     """Names of existing files in one of the folders become paths from here."""
-    for section, key in FILES:
-        values = document.get(section)
+    own = document.get("objectives")
+    parts = [document, *(own.values() if isinstance(own, dict) else ())]
+    for part, (section, key) in itertools.product((p for p in parts if isinstance(p, dict)), FILES):
+        values = part.get(section)
         name = values.get(key) if isinstance(values, dict) else None
         if isinstance(name, str) and not Path(name).exists():
             values[key] = next((str(folder / name) for folder in folders if (folder / name).exists()), name)

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
 from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
-from hybrid_opt.config.strict import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from hybrid_opt.config.tasks import Task
 from hybrid_opt.errors import did_you_mean
 
 
@@ -58,49 +60,6 @@ class Lora(Strict):
     """Dropout before the adapters."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules that get adapters: `all-linear`, a regular expression, or a list of name endings."""
-
-
-class Data(Strict):
-    """Where examples come from and how a row becomes tokens."""
-
-    train: Text
-    """A file (.jsonl, .json, .csv, .parquet, .txt), a folder saved with `save_to_disk`, or a hub id."""
-    subset: str | None = None
-    """Name of the hub dataset's configuration."""
-    split: str = "train"
-    """Split of `train` to train on."""
-    validation: Text | Fraction | None = None
-    """Held-out rows: a file, the name of a split of `train`, or a fraction of the training rows to set aside."""
-    prompt: str | None = None
-    """Template over the columns; its tokens are not part of the loss."""
-    completion: str | None = None
-    """Template of what the model learns to write after the prompt; a reward needs none."""
-    choices: tuple[str, ...] | None = None
-    """For `objective: {type: choice}`: all the completions to choose from."""
-    chat: bool = False
-    """Put prompt and completion, as the messages of a user and an assistant, into the tokenizer's chat template."""
-    messages: str | None = None
-    """Instead of prompt and completion: the column of chat messages. The last one is learnt, or (for a reward) answered."""
-    text: str | None = None
-    """Instead of prompt and completion: the column of plain text, packed into blocks of max_tokens."""
-    max_tokens: Annotated[int, Field(ge=2)] = 512
-    """Longest example. A longer prompt is shortened at its longest column; a completion is never cut."""
-    append_eos: bool = True
-    """End each completion with the end-of-text token (causal_lm), and separate packed texts with it."""
-
-    @model_validator(mode="after")
-    def _one_format(self):
-        given = [name for name in ("prompt", "messages", "text") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                "say how a row becomes tokens with exactly one of prompt (with completion), messages or text; "
-                f"given: {', '.join(given) or 'none'}"
-            )
-        if self.prompt is None and (self.completion is not None or self.chat):
-            raise ValueError(f"{'chat' if self.chat else 'completion'} needs prompt, which is missing")
-        if self.choices is not None and len(set(self.choices)) < max(2, len(self.choices)):
-            raise ValueError("choices needs at least two different completions, each written once")
-        return self
 
 
 def refuse_unsuited_data(objective: Objective, data: Data, where: str = "") -> None:
@@ -239,6 +198,10 @@ class RunFile(Strict):
         refuse_unsuited_data(self.objective, self.data)
         for name, own in self.objectives.items():
             refuse_unsuited_data(own.objective, own.data or self.data, f"objectives.{name}." if own.data else "")
+            if own.data and isinstance(own.data.validation, (str, Task)):
+                raise ValueError(
+                    f"objectives.{name}.data.validation: only the run's own objective is evaluated; drop it"
+                )
         return self
 
     @model_validator(mode="after")

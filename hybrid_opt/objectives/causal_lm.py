@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.objectives.examples import Example, encode_examples
 from hybrid_opt.objectives.language_model import IGNORED, cross_entropies, last_logits, left_padded, pad_token
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.objectives.examples import encode_prompts, tokenize
 from hybrid_opt.objectives.language_model import last_logits, left_padded, pad_token

@@ -1,15 +1,18 @@
 """From the `data` section of a run file to rows, by Hugging Face datasets. Next: `examples.py`.
 
-One idea: whatever `datasets.load_dataset` reads can be trained on; here is only the choice of reader and of the split.
+One idea: whatever `datasets.load_dataset` reads can be trained on, and so can a built-in task; here is only the choice of reader
+and of the split.
 """
 
 from pathlib import Path
 
 import datasets
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
+from hybrid_opt.config.tasks import Task
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.objectives import jsonl
+from hybrid_opt.tasks.rows import rows_of
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".txt": "text"}
 _CSV = {"keep_default_na": False, "na_values": [""]}  # "NA", "null" and "None" are words; only an empty cell is missing
@@ -22,12 +25,20 @@ def load_splits(config: Data) -> tuple[datasets.Dataset, datasets.Dataset | None
     Raises:
         UserError: nothing can be read there, a split does not exist, or it has no rows.
     """
-    train = _load(config.train, config.subset, config.split, "data.train")
+    train = _rows(config.train, config.subset, config.split, "data.train")
+    if isinstance(config.validation, Task):
+        return train, _rows(config.validation, None, "train", "data.validation")
     if not isinstance(config.validation, str):
         return train, None
     if _is_file(config.validation):
         return train, _load(config.validation, None, "train", "data.validation")
     return train, _load(config.train, config.subset, config.validation, "data.validation")
+
+
+def _rows(source: str | Task, subset: str | None, split: str, key: str) -> datasets.Dataset:
+    if isinstance(source, Task):
+        return datasets.Dataset.from_list(rows_of(source, key))
+    return _load(source, subset, split, key)
 
 
 def _is_file(name: str) -> bool:

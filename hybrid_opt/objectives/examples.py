@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.template import Template
 

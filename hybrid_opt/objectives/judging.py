@@ -25,6 +25,8 @@ class Judge:
     name: str
     function: RewardCall
     weight: float = 1.0
+    needs: Sequence[str] = ()
+    """Columns that it needs beside those that its signature names."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,8 @@ class Judges:
     def check(self, columns: Sequence[str]) -> None:
         """Raise UserError for a function that needs an argument which is no column of the data."""
         for judge in self.judges:
-            known = {*COMPLETED, *columns}
-            for name, parameter in inspect.signature(judge.function).parameters.items():
-                needed = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-                if needed and parameter.default is parameter.empty and name not in known:
+            for name in [*judge.needs, *_required(judge.function)]:
+                if name not in (*COMPLETED, *columns):
                     raise UserError(
                         f"objective.rewards: {judge.name} needs {name!r}, which the data has no column for; columns: "
                         f"{', '.join(columns)}; give it in the function's arguments, or add the column"
@@ -150,6 +150,12 @@ class Judges:
 
 COMPLETED = ("prompts", "completions", "completion_ids")
 """What every function is offered beside the data's columns."""
+
+
+def _required(function: RewardCall) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
 BLOCKED = 5.0

@@ -14,8 +14,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from hybrid_opt.config.rewards import Generation, Reward, RewardFunction
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
+from hybrid_opt.config.rewards import FUNCTION, Generation, Reward, RewardFunction
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.fitness import worst_for_missing
 from hybrid_opt.estimators.noise import Key
@@ -26,6 +26,7 @@ from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
 from hybrid_opt.rollouts.prefill import cache_bytes
+from hybrid_opt.tasks.scorers import needed_columns, scorer
 
 
 class RewardObjective:
@@ -201,14 +202,18 @@ def reward_objective(
     Raises:
         UserError: a reward function cannot be found.
     """
-    judges = Judges([judge_of(judge) for judge in config.rewards], config.on_error, config.timeout)
+    judges = [judge_of(judge, f"objective.rewards.{i}") for i, judge in enumerate(config.rewards)]
+    judges = Judges(judges, config.on_error, config.timeout)
     objective = RewardObjective(judges, tokenizer, config.generation)
     return objective, RewardData(data, tokenizer, config.generation.max_new_tokens, judges)
 
 
-def judge_of(config: RewardFunction) -> Judge:
-    """The reward function that a run file names."""
-    function = import_function(config.function, "objective.rewards")
+def judge_of(config: RewardFunction, key: str) -> Judge:
+    """The reward function that a run file names at a key."""
+    if not FUNCTION.fullmatch(config.function):
+        needs = needed_columns(config.function, config.arguments, key)
+        return Judge(config.function, scorer(config.function, config.arguments, key), config.weight, needs)
+    function = import_function(config.function, key)
     return Judge(
         config.function, partial(function, **config.arguments) if config.arguments else function, config.weight
     )

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import LocalEngine, ZeroEngine
-from hybrid_opt.config.run import Data, Lora, Model
+from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
+from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import ZeroEngine
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
 from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.rewards import Reward
-from hybrid_opt.config.run import Budget, Data, Model, RunFile
+from hybrid_opt.config.run import Budget, Model, RunFile
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -107,7 +109,8 @@ def _with_engine_dtype(run: RunFile) -> Model:
         refuse_many_processes()
         return run.model
     settings = DeepSpeedSettings(run.engine)
-    settings.check_batch_size(run.training.batch_size, launched_world_size())
+    for name in (name for name, e in run.schedule.estimators.items() if isinstance(e, Backprop)):
+        settings.check_batch_size(run.batch_size_of(name), launched_world_size())
     dtype = settings.dtype(run.model.dtype, given="dtype" in run.model.model_fields_set)
     return run.model.model_copy(update={"dtype": dtype})
 

@@ -74,6 +74,13 @@ def test_json_schema_refuses_unknown_keys_and_explains_every_key(file):
             assert name == "type" or field.get("description"), f"{node['title']}.{name}"
 
 
+def test_json_schema_takes_a_file_or_a_task():
+    schema = RunFile.model_json_schema()
+    data = schema["$defs"]["Data"]["properties"]
+    assert kinds(schema, data["train"]) == {"string", "object"}
+    assert kinds(schema, data["validation"]) == {"string", "number", "object", "null"}
+
+
 # ---------------------------------------------------------------- reading YAML
 
 
@@ -251,7 +258,26 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("changes", [*({"schedule": name} for name in recipes()), RICH], ids=[*recipes(), "rich"])
+TASKS = {
+    "objective": {"type": "causal_lm"},
+    "data": {
+        "train": {"task": "countdown", "rows": 3, "seed": 1, "operators": "+-"},
+        "validation": {
+            "task": "reasoning_gym",
+            "name": "leg_counting",
+            "rows": 2,
+            "split": "all",
+            "options": {"a": [1, None]},
+        },
+        "prompt": "{prompt}",
+        "completion": "{answer}",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [*({"schedule": name} for name in recipes()), RICH, TASKS], ids=[*recipes(), "rich", "tasks"]
+)
 def test_the_resolved_configuration_loads_to_the_same_run(tmp_path, write_run, changes):
     run = load_run(write_run(**changes))
     assert reloaded(run, tmp_path / "folder") == run

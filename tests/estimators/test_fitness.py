@@ -72,7 +72,9 @@ def watch(pairs, steps=STEPS, seed=0, noise=0.0, ties=0.0):
 
 def test_the_number_that_would_do_follows_the_formula():
     assert watch(50).needed() == 4  # no noise: q = 2
-    assert watch(400, steps=9, noise=1.0).needed() == pytest.approx(2 * (1 + 1.5), abs=1)  # R = 1 / 1.5: even var 1/2, odd 1 + 1/2
+    assert watch(400, steps=9, noise=1.0).needed() == pytest.approx(
+        2 * (1 + 1.5), abs=1
+    )  # R = 1 / 1.5: even var 1/2, odd 1 + 1/2
     tied = watch(1000, steps=9, ties=0.9)  # one pair in ten differs, and pairs have no noise
     assert tied.needed() == pytest.approx(2 * 2 / 0.1, rel=0.1)
 
@@ -89,14 +91,17 @@ def test_a_step_of_that_many_pairs_goes_downhill_five_times_out_of_six():
 
 
 def test_a_small_population_is_told_the_number_once():
-    with pytest.warns(RuntimeWarning, match=r"population_size 8: in 10 steps \d+ of 40 pairs .* population_size \d+ would") as said:
+    with pytest.warns(
+        RuntimeWarning, match=r"population_size 8: in 10 steps \d+ of 40 pairs .* population_size \d+ would"
+    ) as said:
         watch(4, steps=2 * STEPS, ties=0.8)
     assert len(said) == 1
 
 
 def test_noise_alone_needs_something_else():
+    seen, losses = PopulationWatch(), torch.tensor([0.0, 0.1, 2.0, 2.1])
+    for step in range(STEPS - 1):
+        seen.see(losses + step)
     with pytest.warns(RuntimeWarning, match="no signal is to be seen"):
-        seen = PopulationWatch()
-        for step in range(STEPS):
-            seen.see(torch.tensor([0.0, 0.1, 2.0, 2.1]) + step)
+        seen.see(losses)
     assert seen.needed() is None

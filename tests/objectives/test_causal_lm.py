@@ -9,7 +9,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.examples import Example, encode_examples

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.choice import ChoiceData
 from tests.conftest import GLASS, tiny_model

@@ -8,7 +8,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hybrid_opt.config.run import Data
+from hybrid_opt.config.data import Data
 from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.batches import hold_out
 from hybrid_opt.objectives.data import load_splits
@@ -148,6 +148,46 @@ def test_of_a_running_text_the_end_is_held_out():
 def test_a_fraction_that_leaves_a_side_empty_is_refused(fraction):
     with pytest.raises(UserError, match=rf"data\.validation: {fraction} of 10 examples leaves one side without any"):
         hold_out(range(10), fraction, seed=0, at_end=False)
+
+
+# ---------------------------------------------------------------- built-in tasks
+
+ONE_DIGIT = {"task": "arithmetic", "terms": 2, "largest": 9, "operators": "+"}
+
+
+def task_splits(train: dict, validation=None) -> tuple[list[dict], list[dict] | None]:
+    config = Data(train=train, validation=validation, prompt="{question}", completion="{answer}")
+    rows, held_out = load_splits(config)
+    return rows.to_list(), held_out and held_out.to_list()
+
+
+def test_a_task_gives_its_rows_and_holds_others_out():
+    train, held = task_splits({**ONE_DIGIT, "rows": 81}, {**ONE_DIGIT, "rows": 19})
+    assert {(row["question"], row["answer"]) for row in train + held} == {
+        (f"{a} + {b}", str(a + b)) for a in range(10) for b in range(10)
+    }
+    assert (len(train), len(held)) == (81, 19)
+
+
+def test_a_task_says_its_split_itself():
+    train, held = task_splits(
+        {**ONE_DIGIT, "rows": 19, "split": "held_out"}, {**ONE_DIGIT, "rows": 19, "split": "held_out"}
+    )
+    assert train == held
+
+
+def test_a_task_beside_a_file(tmp_path):
+    train = write(tmp_path / "rows.jsonl", ROWS)
+    rows, held = load_splits(Data(train=train, validation={**ONE_DIGIT, "rows": 2}, text="text"))
+    assert (rows.to_list(), held.column_names) == (ROWS, ["question", "answer"])
+
+
+def test_countdown_rows_keep_their_kinds():
+    train, _ = load_splits(Data(train={"task": "countdown", "rows": 3}, prompt="{prompt}", completion="{answer}"))
+    assert {name: feature.dtype for name, feature in train.features.items() if name != "numbers"} == {
+        "target": "int64", "answer": "string", "prompt": "string"
+    }  # fmt: skip
+    assert train.features["numbers"].feature.dtype == "int64"
 
 
 # ---------------------------------------------------------------- errors

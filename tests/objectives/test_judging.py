@@ -1,6 +1,7 @@
 """Reward functions that behave in every way there is."""
 
 import asyncio
+import contextlib
 import math
 import re
 import threading
@@ -59,7 +60,12 @@ def test_functions_get_what_they_take():
         return [0, True, 2]  # whole numbers and truth values are numbers
 
     verdict = judged(nosy, Scorer(), lambda completions: [1] * 3, partial(exact, answer=["a"] * 3))
-    assert seen == {"prompts": PROMPTS, "completions": COMPLETIONS, "completion_ids": [[1], [2, 2], [3, 3, 3]], **COLUMNS}
+    assert seen == {
+        "prompts": PROMPTS,
+        "completions": COMPLETIONS,
+        "completion_ids": [[1], [2, 2], [3, 3, 3]],
+        **COLUMNS,
+    }
     assert verdict.totals == [0 + 1 + 1 + 1, 1 + 2 + 1, 2 + 3 + 1]
 
 
@@ -99,14 +105,18 @@ def bad(kind):
 
 @pytest.mark.parametrize("kind", ["raises", "exits", "nan", "infinite", "text", "list"])
 def test_one_bad_completion_costs_the_others_nothing(kind):
-    with pytest.warns(RuntimeWarning, match=r"reward function f1: .*'bb'. So it was for 1 of 3 completions; on_error is worst"):
+    with pytest.warns(
+        RuntimeWarning, match=r"reward function f1: .*'bb'. So it was for 1 of 3 completions; on_error is worst"
+    ):
         verdict = judged(length, bad(kind))
     assert verdict.totals[::2] == [2.0, 4.0]
     assert math.isnan(verdict.totals[1])
     assert verdict.errors == 1
     with pytest.warns(RuntimeWarning, match="on_error is zero"):
         assert judged(length, bad(kind), on_error="zero").totals == [2.0, 2.0, 4.0]
-    with pytest.raises(UserError, match=r"objective.rewards: reward function f1: .*'bb'; on_error: worst or zero would go on"):
+    with pytest.raises(
+        UserError, match=r"objective.rewards: reward function f1: .*'bb'; on_error: worst or zero would go on"
+    ):
         judged(length, bad(kind), on_error="stop")
 
 
@@ -157,17 +167,15 @@ def searches(completions, **kwargs):
 
 def counts(completions, **kwargs):
     while True:
-        try:
+        with contextlib.suppress(Exception):
             10 ** (10**7)
-        except Exception:
-            pass
 
 
 def clings(completions, **kwargs):
     while True:
         try:
             time.sleep(30)
-        except:  # noqa: E722
+        except:
             time.sleep(0.01)
             raise
 
