@@ -57,7 +57,8 @@ class RewardObjective:
 
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """See `Objective.losses`: (examples,) float32, NaN where there is no reward."""
-        verdict, _ = self._judged(model, batch)
+        verdict, completions = self._judged(model, batch)
+        self.tally.add(verdict, completions)
         return -torch.tensor(verdict.totals, device=batch["input_ids"].device)
 
     def measures(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -98,7 +99,6 @@ class RewardObjective:
             for prompt, text in zip(batch["prompts"], texts, strict=True)
         ]
         verdict = self.judges.judge(batch["prompts"], answers, completions.tokens, batch["columns"])
-        self.tally.add(verdict, completions)
         return verdict, completions
 
     def _cut(self, text: str) -> str:
@@ -107,7 +107,7 @@ class RewardObjective:
 
 
 class Tally:
-    """Sums and counts of what was seen of completions since somebody last asked."""
+    """Sums and counts of what was seen of completions, evaluations left out, since somebody last asked."""
 
     def __init__(self):
         self.seen: dict[str, tuple[float, int]] = {}

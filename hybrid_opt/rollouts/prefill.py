@@ -18,8 +18,8 @@ from hybrid_opt.estimators.factors import Factors
 from hybrid_opt.objectives.language_model import forward_of
 from hybrid_opt.rollouts.shared_layers import SharedLayers, decoder_layers, part_caches, parted_after
 
-WORTHWHILE = 8
-"""Tokens in common from which on a pass of their own pays."""
+WORTHWHILE = 32
+"""Tokens saved from which on it pays to read a common beginning in a pass of its own."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _read(context: Context, ids: Tensor, mask: Tensor, groups: int, parts: Parts
     """Read rows that come in `groups` of equal weights, a beginning that all have in common once for each group."""
     each = len(ids) // groups
     common = _beginning_in_common(ids, mask) if each > 1 else 0
-    if common < WORTHWHILE or any(
+    if (len(ids) - groups) * common < WORTHWHILE or any(
         context.cache.is_sliding
     ):  # a window is counted in columns, of which padding would be some
         return context.read(ids, mask)

@@ -19,9 +19,7 @@ from hybrid_opt.objectives.judging import Judge, Judges
 from hybrid_opt.objectives.reward import RewardData, RewardObjective
 from tests.conftest import GLASS
 
-TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 ROWS = Dataset.from_list(
     [
         {"start": "It is", "wanted": "a", "numbers": [1, 2]},
@@ -113,7 +111,7 @@ def test_missing_rewards_are_nan_for_the_estimator_and_the_worst_in_a_measure(mo
     assert losses[0] == -1
     assert losses[1].isnan()
     assert objective.measures(model, batch)["reward"].tolist() == [1.0, -1.0, -1.0]
-    assert objective.tally.take()["reward_errors"] == (2.0, 2)  # two calls, each with one
+    assert objective.tally.take()["reward_errors"] == (1.0, 1)  # an evaluation's are not counted
     zero, _, _ = build(half, on_error="zero")
     with pytest.warns(RuntimeWarning, match="on_error is zero"):
         assert zero.losses(model, batch).tolist() == [-1.0, 0.0, 1.0]
@@ -173,7 +171,9 @@ def test_prompts_leave_room_for_completions():
 
 
 def es(**options):
-    return EsEstimator(EvolutionStrategy(**{"type": "es", "population_size": 8, "learning_rate": 1.0, "sigma": 0.02, **options}))
+    return EsEstimator(
+        EvolutionStrategy(**{"type": "es", "population_size": 8, "learning_rate": 1.0, "sigma": 0.02, **options})
+    )
 
 
 def estimated(model, objective, batch, **options):

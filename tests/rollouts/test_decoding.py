@@ -20,7 +20,7 @@ from tests.conftest import GLASS, tiny_model
 TOKENIZER = AutoTokenizer.from_pretrained(GLASS)
 MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(4)]
 PROMPTS = [[5, 9, 14, 20, 33], [7, 7], [11, 40, 2, 8, 50, 3, 17]]
-INSTRUCTED = [[4, 8, 15, 16, 23, 42, 4, 8, 15, 16, 23, 42, *prompt] for prompt in PROMPTS]
+INSTRUCTED = [[4, 8, 15, 16, 23, 42] * 3 + prompt[:2] for prompt in PROMPTS]
 KINDS = ["llama", "mistral", "qwen3", "gemma3_text", "gpt2", "opt"]
 
 
