@@ -1,0 +1,163 @@
+"""The run itself, inside TRL's environment: supervised steps, GRPO until the seconds are spent, one JSON file.
+
+One idea: training time is what both methods are given alike, so a callback ends GRPO by the clock, and evaluation stands outside.
+"""
+
+import json
+import os
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from sums import TEST, TRAIN, exact_match, read_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+from warm_up import MAX_NEW_TOKENS, WarmUp, greedy_exact_match, stop_tokens, warmed_up
+
+from hybrid_opt.memory import forget_peak, peak_memory_bytes
+
+ENDLESS = 10**6
+"""Steps; the clock ends a run, never their number."""
+
+
+class Clock(TrainerCallback):
+    """Stops training when `seconds` are spent; keeps (seconds, mean reward) of each step, and says it."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.spent, self.begun = seconds, 0.0, 0.0
+        self.rewards: list[tuple[float, float]] = []
+
+    def on_train_begin(self, args, state, control, **rest):
+        """Start."""
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **rest):
+        """A step is whole: generation, reward, gradients, update."""
+        self.spent = time.perf_counter() - self.begun
+        control.should_training_stop = self.spent >= self.seconds
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        """After each step, by `logging_steps=1`."""
+        if "reward" in logs:
+            self.rewards.append((round(self.spent, 2), logs["reward"]))
+            print(f"step {state.global_step:4}  {self.spent:6.1f} s  reward {logs['reward']:.3f}", flush=True)
+
+
+class CountedReward:
+    """Exact match that counts the completions it was shown."""
+
+    __name__ = "exact_match"
+
+    def __init__(self):
+        self.completions = 0
+
+    def __call__(self, prompts, completions, answer, **columns) -> list[float]:
+        self.completions += len(completions)
+        return exact_match(prompts, completions, answer)
+
+
+def grpo_config(options: Namespace) -> GRPOConfig:
+    """TRL's configuration: float32, no checkpoints, no reports, a constant learning rate."""
+    return GRPOConfig(
+        output_dir=str(options.output),
+        max_steps=ENDLESS,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        num_generations=options.num_generations,
+        num_iterations=options.num_iterations,
+        max_completion_length=MAX_NEW_TOKENS,
+        temperature=options.temperature,
+        beta=options.beta,
+        loss_type=options.loss_type,
+        scale_rewards=options.scale_rewards,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=options.max_grad_norm,
+        gradient_checkpointing=options.gradient_checkpointing,
+        bf16=False,  # TRL's default is True; the weights are float32 for every method
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=options.seed,
+    )
+
+
+def adapters(options: Namespace) -> LoraConfig | None:
+    """LoRA on every linear layer but the head, or None for all weights."""
+    if not options.lora:
+        return None
+    rank = options.lora_rank
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trained_by_grpo(model, tokenizer, rows: list[dict], options: Namespace, seconds: float):
+    """GRPO on `rows` for so many seconds: the trainer, its clock, its reward."""
+    clock, reward = Clock(seconds), CountedReward()
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=grpo_config(options),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]),
+        processing_class=tokenizer,
+        peft_config=adapters(options),
+        callbacks=[clock],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if seconds > 0:
+        trainer.train()
+    return trainer, clock, reward
+
+
+def run(options: Namespace) -> None:
+    """All of it; writes `result.json` into the output folder and prints it."""
+    logging.set_verbosity_error()
+    options.output.mkdir(parents=True, exist_ok=True)
+    rows, held_out = read_rows(TRAIN), read_rows(TEST)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    stops = stop_tokens(tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    found = {"before": _say("before", greedy_exact_match(model, tokenizer, held_out, stops))}
+
+    plan = WarmUp(options.warm_up_steps, options.warm_up_batch_size, options.warm_up_learning_rate, options.seed)
+    model, warm_up = warmed_up(model, tokenizer, rows, plan, options.warm_up_cache)
+    found["after_warm_up"] = _say("after the supervised steps", greedy_exact_match(model, tokenizer, held_out, stops))
+
+    model.generation_config.eos_token_id = stops  # TRL ends a completion at any of these
+    forget_peak(model.device)
+    trainer, clock, reward = trained_by_grpo(model, tokenizer, rows, options, options.seconds - warm_up.seconds)
+    peak = max(warm_up.peak_memory_bytes, peak_memory_bytes(model.device))
+    found["after_grpo"] = _say("after GRPO", greedy_exact_match(trainer.model, tokenizer, held_out, stops))
+
+    result = {
+        "held_out_exact_match": found,
+        "seconds": {"warm_up": warm_up.seconds, "grpo": clock.spent, "all": warm_up.seconds + clock.spent},
+        "steps": {"warm_up": warm_up.steps, "grpo": trainer.state.global_step},
+        "completions": reward.completions,
+        "peak_memory_bytes": peak,
+        "rewards": clock.rewards,
+        "warm_up": asdict(warm_up),
+        "options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
+    }
+    _write(options.output / "result.json", json.dumps(result, indent=2) + "\n")
+    print(json.dumps({name: result[name] for name in list(result)[:5]}, indent=2))
+
+
+def _say(when: str, share: float) -> float:
+    print(f"held-out exact match {when}: {share:.3f}", flush=True)
+    return share
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)  # a result is there whole, or not at all
