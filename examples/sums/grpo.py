@@ -34,7 +34,7 @@ def options_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("supervised steps").add_argument
     add("--warm-up-steps", type=_count, default=6, help="steps of AdamW on the answers before GRPO")
     add("--warm-up-batch-size", type=_whole, default=16, help="rows a step")
-    add("--warm-up-learning-rate", type=_positive, default=5e-5, help="constant")
+    add("--warm-up-learning-rate", type=_positive, default=5e-6, help="constant")
     add("--warm-up-cache", type=Path, help="folder that keeps the weights after these steps, for the next call")
     add = parser.add_argument_group("GRPO (the words are TRL's GRPOConfig's)").add_argument
     add("--learning-rate", type=_positive, default=1e-5, help="of AdamW, constant")
@@ -48,6 +48,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--scale-rewards", default="group", choices=["group", "batch", "none"], help="whose deviation is set to 1")
     add("--max-grad-norm", type=_positive, default=1.0, help="gradient clipping")
     add("--gradient-checkpointing", action=switch, default=False, help="less memory, more time")
+    add("--bf16", action=switch, default=False, help="gradients under bfloat16 autocast; the weights stay float32")
     add("--lora", action=switch, default=False, help="train adapters on all linear layers instead of all weights")
     add("--lora-rank", type=_whole, default=16, help="of the adapters; alpha is twice the rank")
     return parser

@@ -6,6 +6,7 @@ One idea: training time is what both methods are given alike, so a callback ends
 import json
 import os
 import time
+import warnings
 from argparse import Namespace
 from dataclasses import asdict
 from importlib.metadata import version
@@ -80,7 +81,7 @@ def grpo_config(options: Namespace) -> GRPOConfig:
         lr_scheduler_type="constant",
         max_grad_norm=options.max_grad_norm,
         gradient_checkpointing=options.gradient_checkpointing,
-        bf16=False,  # TRL's default is True; the weights are float32 for every method
+        bf16=options.bf16,
         save_strategy="no",
         report_to="none",
         logging_steps=1,
@@ -118,26 +119,35 @@ def trained_by_grpo(model, tokenizer, rows: list[dict], options: Namespace, seco
 def run(options: Namespace) -> None:
     """All of it; writes `result.json` into the output folder and prints it."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # TRL and transformers rename options that TRL itself passes on
     options.output.mkdir(parents=True, exist_ok=True)
-    rows, held_out = read_rows(TRAIN), read_rows(TEST)
+    rows = read_rows(TRAIN)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     stops = stop_tokens(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = {"before": _say("before", greedy_exact_match(model, tokenizer, held_out, stops))}
+    sets = {"held_out": read_rows(TEST), "training": rows}
+
+    def measured(model, when: str) -> dict[str, float]:
+        shares = {name: greedy_exact_match(model, tokenizer, some, stops) for name, some in sets.items()}
+        print(f"exact match {when}: held out {shares['held_out']:.3f}, training {shares['training']:.3f}", flush=True)
+        return shares
+
+    found = {"before": measured(model, "before")}
 
     plan = WarmUp(options.warm_up_steps, options.warm_up_batch_size, options.warm_up_learning_rate, options.seed)
     model, warm_up = warmed_up(model, tokenizer, rows, plan, options.warm_up_cache)
-    found["after_warm_up"] = _say("after the supervised steps", greedy_exact_match(model, tokenizer, held_out, stops))
+    found["after_warm_up"] = measured(model, "after the supervised steps")
 
     model.generation_config.eos_token_id = stops  # TRL ends a completion at any of these
     forget_peak(model.device)
     trainer, clock, reward = trained_by_grpo(model, tokenizer, rows, options, options.seconds - warm_up.seconds)
     peak = max(warm_up.peak_memory_bytes, peak_memory_bytes(model.device))
-    found["after_grpo"] = _say("after GRPO", greedy_exact_match(trainer.model, tokenizer, held_out, stops))
+    found["after_grpo"] = measured(trainer.model, "after GRPO")
 
     result = {
-        "held_out_exact_match": found,
+        "exact_match": found,
         "seconds": {"warm_up": warm_up.seconds, "grpo": clock.spent, "all": warm_up.seconds + clock.spent},
         "steps": {"warm_up": warm_up.steps, "grpo": trainer.state.global_step},
         "completions": reward.completions,
@@ -150,11 +160,6 @@ def run(options: Namespace) -> None:
     }
     _write(options.output / "result.json", json.dumps(result, indent=2) + "\n")
     print(json.dumps({name: result[name] for name in list(result)[:5]}, indent=2))
-
-
-def _say(when: str, share: float) -> float:
-    print(f"held-out exact match {when}: {share:.3f}", flush=True)
-    return share
 
 
 def _write(path: Path, text: str) -> None:
