@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "trl==1.16.0", "transformers", "peft")
 """Installed with the versions of `constraints.txt`."""
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo")
 MARK = "installed.txt"
 
 
@@ -43,8 +44,13 @@ def options_parser() -> argparse.ArgumentParser:
     add("--gradient-accumulation-steps", type=_whole, default=1, help="passes in an optimizer step")
     add("--num-iterations", type=_whole, default=1, help="optimizer steps on the same completions")
     add("--temperature", type=_positive, default=1.0, help="of sampling")
-    add("--beta", type=float, default=0.0, help="weight of the KL divergence from the start; 0: no reference model")
-    add("--loss-type", default="dapo", help="dapo, grpo, dr_grpo, bnpo, ...")
+    add(
+        "--beta",
+        type=_not_negative,
+        default=0.0,
+        help="weight of the KL divergence from the start; 0: no reference model",
+    )
+    add("--loss-type", default="dapo", choices=LOSSES, help="how token losses become one")
     add("--scale-rewards", default="group", choices=["group", "batch", "none"], help="whose deviation is set to 1")
     add("--max-grad-norm", type=_positive, default=1.0, help="gradient clipping")
     add("--gradient-checkpointing", action=switch, default=False, help="less memory, more time")
@@ -59,6 +65,10 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if float(text) == 0 else _positive(text)
 
 
 def _count(text: str) -> int:
@@ -121,21 +131,29 @@ def installed(environment: Path) -> Path:
     return python
 
 
-def main(arguments: list[str]) -> int:
+def _folder(model: str) -> Path:
+    from hybrid_opt.errors import UserError
+    from hybrid_opt.models.loading import ALIASES, model_folder  # torch: neither for --help nor for most mistakes
+
+    folder = Path(model_folder(model))
+    if not (folder / "config.json").exists():
+        raise UserError(f"--model: {model!r} is no folder with a model; write one, or an alias ({', '.join(ALIASES)})")
+    return folder
+
+
+def main(arguments: list[str]) -> None:
     """In the toolkit's environment: check, find, install, start again. In TRL's: run."""
     options = options_parser().parse_args(arguments)
     if options.environment.exists() and options.environment.samefile(sys.prefix):
         from grpo_run import run  # here are torch and TRL
 
-        run(options)
-        return 0
+        return run(options)
     check(options)
+    folder = _folder(options.model)
     python = installed(options.environment)
-    from hybrid_opt.models.loading import model_folder  # torch: not for --help, nor for a mistake in the options
-
-    command = [str(python), __file__, *arguments, "--model", str(model_folder(options.model))]
+    command = [str(python), __file__, *arguments, "--model", str(folder)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    os.execve(python, command, {**os.environ, "PYTHONPATH": path})  # in this one's place: its memory is free again
 
 
 if __name__ == "__main__":
@@ -143,7 +161,7 @@ if __name__ == "__main__":
     from hybrid_opt.errors import UserError
 
     try:
-        sys.exit(main(sys.argv[1:]))
+        main(sys.argv[1:])
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

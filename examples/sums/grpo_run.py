@@ -8,7 +8,6 @@ import os
 import time
 import warnings
 from argparse import Namespace
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,50 +115,65 @@ def trained_by_grpo(model, tokenizer, rows: list[dict], options: Namespace, seco
     return trainer, clock, reward
 
 
+class Measured:
+    """Greedy exact match on held-out and on training rows, said and kept under the moment's name."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.stops = tokenizer, stop_tokens(tokenizer)
+        self.sets = {"held_out": read_rows(TEST), "training": read_rows(TRAIN)}
+        self.found: dict[str, dict[str, float]] = {}
+
+    def at(self, moment: str, model) -> None:
+        """Measure; the model is left in evaluation mode."""
+        shares = {name: greedy_exact_match(model, self.tokenizer, rows, self.stops) for name, rows in self.sets.items()}
+        print(f"{moment}: exact match {shares['held_out']:.3f}, on training rows {shares['training']:.3f}", flush=True)
+        self.found[moment] = shares
+
+
 def run(options: Namespace) -> None:
-    """All of it; writes `result.json` into the output folder and prints it."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.simplefilter("ignore")  # TRL and transformers rename options that TRL itself passes on
+    """All of it; writes `result.json` into the output folder and prints what it begins with."""
+    _quiet()
     options.output.mkdir(parents=True, exist_ok=True)
-    rows = read_rows(TRAIN)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    stops = stop_tokens(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    sets = {"held_out": read_rows(TEST), "training": rows}
+    measured, rows = Measured(tokenizer), read_rows(TRAIN)
 
-    def measured(model, when: str) -> dict[str, float]:
-        shares = {name: greedy_exact_match(model, tokenizer, some, stops) for name, some in sets.items()}
-        print(f"exact match {when}: held out {shares['held_out']:.3f}, training {shares['training']:.3f}", flush=True)
-        return shares
-
-    found = {"before": measured(model, "before")}
-
+    measured.at("before", model)
     plan = WarmUp(options.warm_up_steps, options.warm_up_batch_size, options.warm_up_learning_rate, options.seed)
     model, warm_up = warmed_up(model, tokenizer, rows, plan, options.warm_up_cache)
-    found["after_warm_up"] = measured(model, "after the supervised steps")
+    measured.at("after_warm_up", model)
 
-    model.generation_config.eos_token_id = stops  # TRL ends a completion at any of these
+    model.generation_config.eos_token_id = measured.stops  # TRL ends a completion at any of these
     forget_peak(model.device)
     trainer, clock, reward = trained_by_grpo(model, tokenizer, rows, options, options.seconds - warm_up.seconds)
-    peak = max(warm_up.peak_memory_bytes, peak_memory_bytes(model.device))
-    found["after_grpo"] = measured(trainer.model, "after GRPO")
+    peak = peak_memory_bytes(model.device)
+    measured.at("after_grpo", trainer.model)
 
     result = {
-        "exact_match": found,
+        "exact_match": measured.found,
         "seconds": {"warm_up": warm_up.seconds, "grpo": clock.spent, "all": warm_up.seconds + clock.spent},
         "steps": {"warm_up": warm_up.steps, "grpo": trainer.state.global_step},
         "completions": reward.completions,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": {"warm_up": warm_up.peak_memory_bytes, "grpo": peak},
+    }
+    print(json.dumps(result, indent=2))
+    _write(options.output / "result.json", json.dumps(result | _circumstances(options, clock), indent=2) + "\n")
+
+
+def _circumstances(options: Namespace, clock: Clock) -> dict:
+    return {
         "rewards": clock.rewards,
-        "warm_up": asdict(warm_up),
-        "options": {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()},
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
     }
-    _write(options.output / "result.json", json.dumps(result, indent=2) + "\n")
-    print(json.dumps({name: result[name] for name in list(result)[:5]}, indent=2))
+
+
+def _quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")  # TRL passes on options whose names transformers calls old
 
 
 def _write(path: Path, text: str) -> None:

@@ -142,11 +142,21 @@ def test_options_of_which_no_run_can_come_are_refused(tmp_path):
             grpo.check(options("--output", str(tmp_path / "new"), *wrong))
     with pytest.raises(UserError, match="61 prompts, and there are 60"):
         grpo.check(options("--output", str(tmp_path / "new"), "--batch-size", "122", "--num-generations", "2"))
+    with pytest.raises(UserError, match="an alias"):
+        grpo.main(["--output", str(tmp_path / "new"), "--model", "no/such", "--environment", str(tmp_path / "env")])
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--seconds", "0"], ["--seconds", "nan"], ["--warm-up-steps", "-1"], ["--lora-rank", "0"]]
+    "wrong",
+    [
+        ["--seconds", "0"],
+        ["--seconds", "nan"],
+        ["--warm-up-steps", "-1"],
+        ["--beta", "-1"],
+        ["--loss-type", "x"],
+        ["--lora-rank", "0"],
+    ],
 )
 def test_numbers_that_mean_nothing_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as end:
@@ -175,13 +185,15 @@ def test_an_environment_is_made_once_and_again_if_it_is_not_whole(tmp_path, monk
 
 
 def test_the_script_starts_again_in_the_other_environment_with_the_models_folder(tmp_path, monkeypatch):
-    """The other environment's interpreter is a stand-in that writes down how it was called."""
-    stand_in = tmp_path / "python"
-    stand_in.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\nsys.exit(3)\n")
-    stand_in.chmod(0o755)
-    monkeypatch.setattr(grpo, "installed", lambda environment: stand_in)
+    started = []
+    monkeypatch.setattr(grpo, "installed", lambda environment: tmp_path / "python")
+    monkeypatch.setattr(grpo.os, "execve", lambda *started_with: started.append(started_with))
     arguments = ["--model", str(GLASS), "--output", str(tmp_path / "out"), "--seed", "7"]
-    assert grpo.main(arguments) == 3
+    grpo.main(arguments)
+    ((python, command, environment),) = started
+    assert python == tmp_path / "python"
+    assert command == [str(python), grpo.__file__, *arguments, "--model", str(GLASS)]
+    assert environment["PYTHONPATH"].split(grpo.os.pathsep)[0] == str(ROOT)
 
 
 def test_help_needs_no_torch_and_names_every_default():
