@@ -39,8 +39,8 @@ def options_parser() -> argparse.ArgumentParser:
     add("--warm-up-cache", type=Path, help="folder that keeps the weights after these steps, for the next call")
     add = parser.add_argument_group("GRPO (the words are TRL's GRPOConfig's)").add_argument
     add("--learning-rate", type=_positive, default=1e-5, help="of AdamW, constant")
-    add("--num-generations", type=_whole, default=8, help="completions of a prompt")
-    add("--batch-size", type=_whole, default=64, help="completions of a forward and backward pass")
+    add("--num-generations", type=_whole, default=16, help="completions of a prompt")
+    add("--batch-size", type=_whole, default=32, help="completions of a forward and backward pass")
     add("--gradient-accumulation-steps", type=_whole, default=1, help="passes in an optimizer step")
     add("--num-iterations", type=_whole, default=1, help="optimizer steps on the same completions")
     add("--temperature", type=_positive, default=1.0, help="of sampling")

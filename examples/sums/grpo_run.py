@@ -80,7 +80,8 @@ def grpo_config(options: Namespace) -> GRPOConfig:
         lr_scheduler_type="constant",
         max_grad_norm=options.max_grad_norm,
         gradient_checkpointing=options.gradient_checkpointing,
-        bf16=options.bf16,
+        bf16=options.bf16,  # TRL's own default is True
+        use_cpu=not torch.cuda.is_available(),  # without it bf16 is refused there
         save_strategy="no",
         report_to="none",
         logging_steps=1,
