@@ -123,7 +123,7 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
 
 
 def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
-    place = _alias_folder(name) if name in ALIASES else name
+    place = model_folder(name)
     if key == "model.name" and Path(place).is_dir() and not (Path(place) / "config.json").exists():
         raise UserError(f"model.name: {name!r} is a folder without config.json, so it holds no transformers model")
     try:
@@ -138,6 +138,15 @@ def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
             f"{key}: {name!r} cannot be loaded: {problem} (write an alias ({', '.join(ALIASES)}), a local folder, "
             f"or a Hugging Face hub id){did_you_mean(name, ALIASES)}"
         ) from None
+
+
+def model_folder(name: str) -> str | Path:
+    """The folder of an alias's model, converted on first use; any other name as it is.
+
+    Raises:
+        UserError: the alias needs packages that are not installed.
+    """
+    return _alias_folder(name) if name in ALIASES else name
 
 
 def _alias_folder(alias: str) -> Path:
