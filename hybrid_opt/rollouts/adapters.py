@@ -55,11 +55,7 @@ def refuse_what_adapters_cannot_carry(model: nn.Module, names: Collection[str]) 
     Raises:
         UserError: there is one, or none is left, or the model has adapters already.
     """
-    if hasattr(model, "peft_config"):
-        raise UserError(
-            "peft: the noise of adapters cannot be handed over as adapters; drop the peft section, or write engine: torch in "
-            "objective.generation"
-        )
+    refuse_adapted(model)
     reasons = why_no_adapter(model, names)
     if reasons:
         name, reason = next(iter(reasons.items()))
@@ -72,6 +68,19 @@ def refuse_what_adapters_cannot_carry(model: nn.Module, names: Collection[str]) 
     if not names:
         raise UserError(
             "policy: no parameter gets noise, so all members are the same; let es have some matrices of linear layers"
+        )
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """An adapter of an adapter is nothing that can be handed over.
+
+    Raises:
+        UserError: the model has adapters of its own.
+    """
+    if hasattr(model, "peft_config"):
+        raise UserError(
+            "peft: members are handed to vLLM as adapters, and this model has adapters of its own; drop the peft section, or write "
+            "engine: torch in objective.generation"
         )
 
 

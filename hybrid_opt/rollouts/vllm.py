@@ -24,7 +24,7 @@ from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.factors import Factors, active_factors
 from hybrid_opt.estimators.swapping import modules_swap_weights
-from hybrid_opt.rollouts.adapters import export_adapters
+from hybrid_opt.rollouts.adapters import export_adapters, refuse_adapted
 from hybrid_opt.rollouts.contract import Completions
 from hybrid_opt.rollouts.served_weights import checksum, new_folder, weight_bytes, written
 
@@ -57,6 +57,7 @@ class VllmRollout:
         self.config, self.tokenizer = config, tokenizer
         self._vllm = _library()
         self._llm: Any = None
+        self._most_rank = 0  # of the adapters that vLLM was started for
         self._served: tuple[int, ...] = ()  # checksum of the weights that vLLM has
         self._home: TemporaryDirectory | None = None  # where vLLM finds the model
         self._members: _Members | None = None
@@ -73,6 +74,7 @@ class VllmRollout:
                 "objective.generation.engine: dense noise exists only while the model's own modules run, so vLLM cannot see it; write "
                 "perturbation: {type: low_rank} without otherwise: dense, or {type: dense, backup: model}, or engine: torch"
             )
+        refuse_adapted(model)
         factors = active_factors()
         ends, prompts = self._ends(model), _prompts(batch["input_ids"], batch["attention_mask"])
         parts = 1 if factors is None else factors.scale.numel()
