@@ -1,6 +1,7 @@
 """The vLLM rollout against generation under hooks, with a stand-in for vLLM that loads the folders it is given by transformers and peft."""
 
 import gc
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from hybrid_opt.estimators.low_rank import LowRankPerturbation
 from hybrid_opt.estimators.member_hooks import MemberHooks
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member
-from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.rollouts import served_weights
 from hybrid_opt.rollouts.served_weights import checksum
@@ -55,7 +55,7 @@ def rollout_of(tokenizer, *, engine_arguments=FLOAT32, **settings):
 
 
 def model_and_parameters(kind="llama", ends=2):
-    """A model whose linear layers get noise, without an end-of-text token that it would come to by chance."""
+    """A model whose linear layers get noise."""
     model = tiny_model(kind, eos_token_id=ends)
     model.generation_config.eos_token_id = ends
     return model, {name: p for name, p in model.named_parameters() if "proj.weight" in name}
@@ -71,8 +71,8 @@ def batch_of(prompts, members=1, **more):
 
 
 @torch.no_grad()
-def generated(model, batch, tokens=6, ends=(2,)):
-    """What the model writes by itself, each row without its end."""
+def generated(model, batch, tokens=6, ends=(2, 3)):
+    """What the model writes by itself, each row without its end; 2 is the model's, 3 the tokenizer's."""
     rows = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -121,9 +121,10 @@ def test_the_end_of_text_is_left_out_and_told(engine, tokenizer):
     model, parameters = model_and_parameters()
     with perturbed(model, parameters, MEMBERS, 12):
         batch = batch_of(PROMPTS, 4)
-        ends = [generated(model, batch)[0][0][2], generated(model, batch)[0][4][0]]  # tokens that some rows come to
+        long = [row for row in generated(model, batch)[0] if len(row) == 6]
+        ends = [long[0][2], long[-1][0]]  # tokens that some rows come to
         model.generation_config.eos_token_id = ends
-        expected, finished = generated(model, batch, ends=(*ends, tokenizer.eos_token_id))
+        expected, finished = generated(model, batch, ends=(*ends, 3))
         found = rollout_of(tokenizer).complete(model, batch)
     assert (found.tokens, found.finished) == (expected, finished)
     assert 0 < sum(finished) < 12
@@ -132,15 +133,16 @@ def test_the_end_of_text_is_left_out_and_told(engine, tokenizer):
 
 def test_stop_strings_and_options_reach_vllm(engine, tokenizer):
     model, _ = model_and_parameters()
-    first = generated(model, batch_of(PROMPTS))[0][0]
+    first = generated(model, batch_of(PROMPTS))[0][2]
+    assert len(first) == 6
     stop = tokenizer.decode(first[:2])
-    found = rollout_of(tokenizer, stop=[stop]).complete(model, batch_of(PROMPTS[:1]))
+    found = rollout_of(tokenizer, stop=[stop]).complete(model, batch_of(PROMPTS[2:]))
     assert found.finished == [True]
     assert found.tokens == [first[:2]]
     rollout_of(tokenizer, temperature=0.7, top_k=5, top_p=0.9).complete(model, batch_of(PROMPTS))
     params = engine.started[1].params[0]
     assert (params.temperature, params.top_k, params.top_p, params.detokenize) == (0.7, 5, 0.9, False)
-    assert params.stop_token_ids == sorted({2, tokenizer.eos_token_id})
+    assert params.stop_token_ids == [2, 3]
     assert engine.started[0].params[0].top_k == 0
 
 
@@ -397,21 +399,20 @@ def test_dense_noise_is_refused_where_vllm_would_not_see_it_and_right_where_it_d
 
 def test_a_population_with_some_dense_noise_is_refused(engine, tokenizer):
     """`otherwise: dense` under hooks: the adapters would carry only a part of each member."""
-
-    class Model(type(tiny_model())):
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            output.logits = output.logits @ (self.extra.weight.T @ self.extra.weight)
-            return output
-
     model = tiny_model()
-    model.__class__, model.extra = Model, torch.nn.Linear(64, 64)
+    norm = model.model.norm
+
+    class Scaled(type(norm)):
+        def forward(self, x):
+            return super().forward(x) * self.gain
+
+    norm.__class__, norm.gain = Scaled, torch.nn.Parameter(torch.ones(32))
     local = LocalEngine(model, device="cpu")
     perturbation = LowRankPerturbation(1, SIGMA, otherwise="dense")
     objective = TokenCount(rollout_of(tokenizer))
-    names = [name for name in local.parameters if "proj.weight" in name] + ["extra.weight"]
+    names = [name for name in local.parameters if "proj.weight" in name] + ["model.norm.gain"]
     with (
-        pytest.warns(RuntimeWarning, match="get dense noise"),
+        pytest.warns(RuntimeWarning, match="model.norm.gain, because it belongs to a Scaled module"),
         pytest.raises(UserError, match="dense noise exists only while"),
     ):
         perturbation.evaluate(local, objective, batch_of(PROMPTS), names, MEMBERS, torch.arange(3).expand(4, 3))
@@ -427,7 +428,7 @@ def test_adapters_of_adapters_and_several_processes_are_refused(engine, tokenize
 
 
 def test_without_vllm_it_says_what_to_install(tokenizer, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"pip install 'hybrid-opt\[vllm\]'"):
         rollout_of(tokenizer)
 
@@ -446,4 +447,3 @@ def test_a_pretrained_model_token_for_token(engine, tokenizer):
     ends = [tokenizer.eos_token_id]
     with perturbed(model, parameters, MEMBERS, 8, sigma=0.03):
         assert rollout.complete(model, batch).tokens == generated(model, batch, 16, ends)[0]
-    assert not isinstance(FunctionObjective(None), TokenCount)
