@@ -213,7 +213,7 @@ def test_weights_that_failed_to_arrive_are_handed_over_again(engine, tokenizer, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checksum_tells_any_change_of_one_weight_and_any_order(dtype):
-    model = torch.nn.Sequential(torch.nn.Linear(300, 1000), torch.nn.Linear(3, 1)).to(dtype)  # more than a block
+    model = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(3, 1)).to(dtype)  # two blocks
     seen, weights = {checksum(model)}, model[0].weight.data.view(-1)
     assert checksum(model) in seen
     for i in (0, 1, 2**18 - 1, 2**18, len(weights) - 1):  # the last bit of a weight, the first and last of a block
