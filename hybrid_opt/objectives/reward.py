@@ -26,6 +26,7 @@ from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
 from hybrid_opt.rollouts.prefill import cache_bytes
+from hybrid_opt.rollouts.vllm import VllmRollout
 from hybrid_opt.tasks.scorers import needed_columns, scorer
 
 
@@ -83,6 +84,8 @@ class RewardObjective:
 
     def row_bytes(self, model: nn.Module, batch: dict[str, Any]) -> int:
         """What a row holds from one token to the next: its keys and values, when it is at its longest."""
+        if not isinstance(self.rollout, Decoding):
+            return 0
         return cache_bytes(model, batch["input_ids"].shape[1] + self.generation.max_new_tokens)
 
     @property
@@ -204,7 +207,8 @@ def reward_objective(
     """
     judges = [judge_of(judge, f"objective.rewards.{i}") for i, judge in enumerate(config.rewards)]
     judges = Judges(judges, config.on_error, config.timeout)
-    objective = RewardObjective(judges, tokenizer, config.generation)
+    rollout = VllmRollout(config.generation, tokenizer) if config.generation.engine == "vllm" else None
+    objective = RewardObjective(judges, tokenizer, config.generation, rollout)
     return objective, RewardData(data, tokenizer, config.generation.max_new_tokens, judges)
 
 

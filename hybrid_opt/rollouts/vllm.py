@@ -25,7 +25,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.factors import Factors, active_factors
 from hybrid_opt.estimators.swapping import modules_swap_weights
 from hybrid_opt.rollouts.adapters import export_adapters, refuse_adapted
-from hybrid_opt.rollouts.contract import Completions
+from hybrid_opt.rollouts.contract import Completions, end_tokens
 from hybrid_opt.rollouts.served_weights import checksum, new_folder, weight_bytes, written
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -76,7 +76,7 @@ class VllmRollout:
             )
         refuse_adapted(model)
         factors = active_factors()
-        ends, prompts = self._ends(model), _prompts(batch["input_ids"], batch["attention_mask"])
+        ends, prompts = end_tokens(model, self.tokenizer), _prompts(batch["input_ids"], batch["attention_mask"])
         parts = 1 if factors is None else factors.scale.numel()
         with self._serving(model, factors):
             outputs = self._llm.generate(
@@ -179,12 +179,6 @@ class VllmRollout:
             "detokenize": bool(config.stop),  # texts are only needed to look for stop strings
         }
         return [self._vllm.SamplingParams(**shared, seed=seed if config.temperature else None) for seed in seeds]
-
-    def _ends(self, model: nn.Module) -> list[int]:
-        """The end-of-text token, and those at which the model's makers say that it stops."""
-        more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
-        return sorted(ends - {None})
 
 
 @dataclass(frozen=True)
