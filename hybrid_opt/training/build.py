@@ -183,7 +183,8 @@ def _refuse_what_vllm_cannot_serve(run: RunFile, optimizer: HybridOptimizer) -> 
         ):
             low_rank = isinstance(config.perturbation, LowRankPerturbation)
             for policy in optimizer.policies.values() if low_rank else ():
-                refuse_what_adapters_cannot_carry(optimizer.engine.model, policy.names(name))
+                if names := policy.names(name):
+                    refuse_what_adapters_cannot_carry(optimizer.engine.model, names)
 
 
 def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
