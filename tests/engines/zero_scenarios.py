@@ -27,7 +27,6 @@ from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.zero import join_ranks
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective
-from hybrid_opt.objectives.judging import Judge, Judges
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.objectives.reward import RewardObjective
 from hybrid_opt.training.checkpoint import load_checkpoint, save_checkpoint
@@ -257,7 +256,7 @@ def variety(completion_ids, **columns) -> list[float]:
 
 def reward(temperature: float) -> RewardObjective:
     generation = Generation(max_new_tokens=6, temperature=temperature)
-    return RewardObjective(Judges([Judge("variety", variety)]), AutoTokenizer.from_pretrained(GLASS), generation)
+    return RewardObjective([variety], AutoTokenizer.from_pretrained(GLASS), generation)
 
 
 @scenario(1, 2)
