@@ -196,7 +196,8 @@ REWARD = {
 )  # fmt: skip
 def test_baselines_of_a_run_with_a_reward_keep_the_objectives_of_those_who_stay(tmp_path, name, own):
     schedule = hybrid({"type": "alternate", "pattern": {"es": 1, "sgd": 3}})
-    schedule["estimators"]["sgd"] = schedule["estimators"].pop("backprop")
+    estimators = schedule["estimators"]
+    schedule = {**schedule, "estimators": {"es": estimators["es"], "sgd": estimators["backprop"]}}
     run = made(name, tmp_path, schedule, **REWARD)
     assert list(run.objectives) == own
     assert all(run.objectives[n].batch_size == 2 for n in own)
