@@ -6,10 +6,11 @@ One idea: whatever a function does, each completion gets a reward or none, and n
 
 import asyncio
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_opt.errors import UserError
@@ -51,7 +52,7 @@ class Judges:
     """
 
     def __init__(self, judges: Sequence[Judge], on_error: str = "worst", timeout: float = 60.0):
-        self.judges, self.on_error, self.timeout = judges, on_error, timeout
+        self.judges, self.on_error, self.timeout = _told_apart(judges), on_error, timeout
         self._warned: set[str] = set()
 
     def check(self, columns: Sequence[str]) -> None:
@@ -148,6 +149,18 @@ class Judges:
             )
 
 
+def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
+    """The judges under names that no other judge and no other measure has, because rewards are kept by name."""
+    taken, named = set(RESERVED if len(judges) > 1 else ()), []
+    for judge in judges:
+        names = (judge.name, *(f"{judge.name} {i}" for i in itertools.count(2)))
+        named.append(replace(judge, name=next(name for name in names if name not in taken)))
+        taken.add(named[-1].name)
+    return named
+
+
+RESERVED = ("loss", "reward", "reward_errors", "completion_tokens", "finished", "tied_pairs", "skipped", "snr")
+"""What else is measured beside a judge's rewards."""
 COMPLETED = ("prompts", "completions", "completion_ids")
 """What every function is offered beside the data's columns."""
 

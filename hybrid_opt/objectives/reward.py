@@ -46,6 +46,7 @@ class RewardObjective:
 
     differentiable = False
     may_miss = True
+    is_reward = True
 
     def __init__(
         self,

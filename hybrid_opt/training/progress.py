@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_opt.training.summary import Summary
+from hybrid_opt.training.metrics import goal_of, own_losses, shown
+from hybrid_opt.training.summary import COUNTED, Summary
 
 
 class Display(Protocol):
@@ -97,7 +98,7 @@ class Displays:
 
 
 class Lines:
-    """Prints about ten lines in a run: step, who acts, loss, learning rates and tokens a second; for files and pipes."""
+    """Prints about ten lines in a run: step, who acts, loss (or reward), learning rates and tokens a second; for files and pipes."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -127,25 +128,39 @@ class Lines:
 def _status(row: dict[str, Any]) -> str:
     rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
     speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
-    loss = "" if row["loss"] is None else f"loss {row['loss']:.4f}  "
-    return f"{'+'.join(row['weights']):<12} {loss}lr {rates}{speed}"
+    goal = goal_of(row)
+    reached = [] if row[goal] is None else [f"{goal} {row[goal]:.4f}  "]
+    reached += [f"own {what} {value:.4f}  " for what, value in own_losses(row).values()]
+    return f"{'+'.join(row['weights']):<12} {''.join(reached)}lr {rates}{speed}"
 
 
 def evaluation_line(step: int, measures: dict[str, float]) -> str:
     """`after 16 steps: loss 0.3430, accuracy 0.8400`."""
-    return f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+    return f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in shown(measures).items())
 
 
 def summary_table(summary: Summary) -> Table:
-    """Before and after, then a row for each estimator."""
-    names = list(summary.before) or ["loss"]
+    """Before and after, then a row for each estimator; what was counted (ties, errors, ...) has a column where there was any."""
+    names = shown(summary.before)
     title = ", ".join(f"{n} {summary.before[n]:.4g} -> {summary.after[n]:.4g}" for n in names if n in summary.after)
     table = Table(title=f"{summary.steps} steps: {title or 'no validation rows'}", title_justify="left", min_width=60)
-    for column in ("estimator", "steps", "forwards", "backwards", "tokens", "seconds", "loss decrease"):
+    counted = [name for name in COUNTED if any(s.counts.get(name) for s in summary.estimators.values())]
+    gain = "reward increase" if summary.goal == "reward" else "loss decrease"
+    titles = (
+        "steps",
+        *(name.replace("_", " ") for name in counted),
+        "forwards",
+        "backwards",
+        "tokens",
+        "seconds",
+        gain,
+    )
+    for column in ("estimator", *titles):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     for name, s in summary.estimators.items():
-        counts = (f"{count:,}" for count in (s.steps, s.forwards, s.backwards, s.tokens))
+        counts = [f"{count:,}" for count in (s.steps, *(s.counts.get(c, 0) for c in counted))]
+        counts += [f"{count:,}" for count in (s.forwards, s.backwards, s.tokens)]
         table.add_row(name, *counts, f"{s.seconds:.1f}", "" if s.loss_decrease is None else f"{s.loss_decrease:+.4f}")
     for who, decrease in summary.shared_loss_decrease.items():
-        table.add_row(who, "", "", "", "", "", f"{decrease:+.4f}")
+        table.add_row(who, *[""] * (len(titles) - 1), f"{decrease:+.4f}")
     return table

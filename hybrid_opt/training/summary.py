@@ -4,6 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+COUNTED = ("skipped", "tied_pairs", "reward_errors", "examples_left_out")
+"""Statistics of an estimate that are numbers of things, so that their sum over steps says something: steps that were skipped because
+all members were equally good, antithetic pairs that were, rewards that went wrong, and examples that told nothing."""
+
 
 @dataclass
 class Share:
@@ -22,7 +26,10 @@ class Share:
     seconds: float = 0.0
     """Time of its estimates; what a step takes otherwise is split evenly among those who act in it."""
     loss_decrease: float | None = None
-    """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed."""
+    """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed. Where the run's
+    objective is a reward, this is the reward's rise."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Sums over its steps of what its estimates count (see `COUNTED`); what was never counted is not there."""
 
     def add(self, part: Mapping[str, Any]) -> None:
         """One more step, of which this was its part (`parts` in a line of `metrics.jsonl`)."""
@@ -32,6 +39,9 @@ class Share:
         self.forward_equivalents += part["forward_equivalents"]
         self.tokens += part["tokens"]
         self.seconds += part["seconds"]
+        for name in COUNTED:
+            if (count := part["statistics"].get(name)) is not None:
+                self.counts[name] = self.counts.get(name, 0) + int(count)
 
 
 @dataclass
@@ -43,6 +53,8 @@ class Summary:
     """Measures on the validation rows before the first step; empty without validation."""
     after: dict[str, float]
     """The same after the last step."""
+    goal: str = "loss"
+    """`reward` where the run's objective is one, whose negative is the loss."""
     estimators: dict[str, Share] = field(default_factory=dict)
     """Each estimator's part."""
     shared_loss_decrease: dict[str, float] = field(default_factory=dict)

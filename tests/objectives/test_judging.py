@@ -216,3 +216,14 @@ def test_the_limit_returns_and_raises_as_the_call_does():
     with pytest.raises(KeyboardInterrupt):
         call_within(5, lambda: exec("raise KeyboardInterrupt"))
     time.sleep(0.05)  # no alarm is left behind
+
+
+def test_judges_of_one_name_keep_their_own_rewards_and_none_takes_a_measures_name():
+    def constant(value):
+        return lambda completions: [value] * len(completions)
+
+    judges = Judges([Judge("fits", constant(1.0)), Judge("fits", constant(5.0), 2.0), Judge("reward", constant(0.5))])
+    verdict = judges.judge(["p"], ["c"], [[1]], {})
+    assert verdict.rewards == {"fits": [1.0], "fits 2": [5.0], "reward 2": [0.5]}
+    assert verdict.totals == [11.5]
+    assert [judge.name for judge in Judges([Judge("reward", constant(0.5))]).judges] == ["reward"]

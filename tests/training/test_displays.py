@@ -62,5 +62,5 @@ def test_the_dashboards_numbers_leave_such_steps_out():
         who = ROWS[number]["estimators"][0]
         run.add({**ROWS[number], "peak_memory_bytes": 1, "losses": {who: ROWS[number]["loss"]}, "parts": {who: part}})
         assert dashboard_lines(run, Clock(0.0, fresh=True), 1.0, 100, 30)
-    assert run.losses.points == [1.0]
+    assert run.course.points == [1.0]
     assert run.smoothed == pytest.approx(1.0)
