@@ -153,7 +153,7 @@ def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
     """The judges under names that no other judge and no other measure has, because rewards are kept by name."""
     taken, named = set(RESERVED if len(judges) > 1 else ()), []
     for judge in judges:
-        names = (judge.name, *(f"{judge.name} {i}" for i in itertools.count(2)))
+        names = itertools.chain([judge.name], (f"{judge.name} {i}" for i in itertools.count(2)))
         named.append(replace(judge, name=next(name for name in names if name not in taken)))
         taken.add(named[-1].name)
     return named
