@@ -60,9 +60,7 @@ def _draw_own(ax: Axes, metrics: Sequence[Row], ends: Sequence[float], name: str
     """What an estimator makes of its own objective."""
     found = [(x, own_losses(row).get(name)) for x, row in zip(ends, metrics, strict=True)]
     points = [(x, value[1]) for x, value in found if value]
-    ax.plot(
-        *zip(*points, strict=True), color="0.4", marker="o", markersize=3.5, linewidth=0.8, label=f"training, {name}"
-    )
+    ax.plot(*zip(*points, strict=True), color="0.4", marker="o", markersize=3.5, linewidth=0.8)
     _finish(ax, f"{name}'s own {what}")
 
 

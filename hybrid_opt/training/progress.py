@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid_opt.training.metrics import goal_of, own_losses, shown
-from hybrid_opt.training.summary import COUNTED, Summary
+from hybrid_opt.training.summary import Summary, told_counts
 
 
 class Display(Protocol):
@@ -140,27 +140,23 @@ def evaluation_line(step: int, measures: dict[str, float]) -> str:
 
 
 def summary_table(summary: Summary) -> Table:
-    """Before and after, then a row for each estimator; what was counted (ties, errors, ...) has a column where there was any."""
+    """Before and after, then a row for each estimator, and below it what was counted."""
     names = shown(summary.before)
     title = ", ".join(f"{n} {summary.before[n]:.4g} -> {summary.after[n]:.4g}" for n in names if n in summary.after)
-    table = Table(title=f"{summary.steps} steps: {title or 'no validation rows'}", title_justify="left", min_width=60)
-    counted = [name for name in COUNTED if any(s.counts.get(name) for s in summary.estimators.values())]
-    gain = "reward increase" if summary.goal == "reward" else "loss decrease"
-    titles = (
-        "steps",
-        *(name.replace("_", " ") for name in counted),
-        "forwards",
-        "backwards",
-        "tokens",
-        "seconds",
-        gain,
+    counted = ((name, told_counts(s.steps, s.counts)) for name, s in summary.estimators.items())
+    table = Table(
+        title=f"{summary.steps} steps: {title or 'no validation rows'}",
+        title_justify="left",
+        caption="\n".join(f"{name}: {told}" for name, told in counted if told) or None,
+        caption_justify="left",
+        min_width=60,
     )
-    for column in ("estimator", *titles):
+    gain = "reward gain" if summary.goal == "reward" else "loss decrease"
+    for column in ("estimator", "steps", "forwards", "backwards", "tokens", "seconds", gain):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     for name, s in summary.estimators.items():
-        counts = [f"{count:,}" for count in (s.steps, *(s.counts.get(c, 0) for c in counted))]
-        counts += [f"{count:,}" for count in (s.forwards, s.backwards, s.tokens)]
+        counts = (f"{count:,}" for count in (s.steps, s.forwards, s.backwards, s.tokens))
         table.add_row(name, *counts, f"{s.seconds:.1f}", "" if s.loss_decrease is None else f"{s.loss_decrease:+.4f}")
     for who, decrease in summary.shared_loss_decrease.items():
-        table.add_row(who, *[""] * (len(titles) - 1), f"{decrease:+.4f}")
+        table.add_row(who, "", "", "", "", "", f"{decrease:+.4f}")
     return table

@@ -8,6 +8,23 @@ COUNTED = ("skipped", "tied_pairs", "reward_errors", "examples_left_out")
 """Statistics of an estimate that are numbers of things, so that their sum over steps says something: steps that were skipped because
 all members were equally good, antithetic pairs that were, rewards that went wrong, and examples that told nothing."""
 
+TOLD = {
+    "skipped": ("step", "skipped, as all members were equally good"),
+    "tied_pairs": ("pair", "tied"),
+    "reward_errors": ("reward", "that went wrong"),
+    "examples_left_out": ("example", "left out, as all members agreed"),
+}
+
+
+def told_counts(steps: int, counts: Mapping[str, int]) -> str:
+    """What was counted in an estimator's steps, in words: `1 of 12 steps skipped, ...; 11 pairs tied`; nothing of what never was."""
+    told = []
+    for name in (name for name in COUNTED if counts.get(name)):
+        (thing, what), number = TOLD[name], counts[name]
+        of = f"{number:,} of {steps:,} {thing}s" if name == "skipped" else f"{number:,} {thing}{'s' * (number != 1)}"
+        told.append(f"{of} {what}")
+    return "; ".join(told)
+
 
 @dataclass
 class Share:
