@@ -200,25 +200,14 @@ def _count(name: str) -> Cell:
 
 
 def _statistic(name: str) -> Cell:
-    return lambda e: f"{e.statistics[name]:.3g}" if name in e.statistics else ""
+    written = number if name == "reward" else "{:.3g}".format
+    return lambda e: written(e.statistics[name]) if name in e.statistics else ""
 
 
 def _fitting(widths: dict[str, int], room: int) -> list[str]:
     """The columns that there is room for; those that say most are chosen first."""
-    ranked = [
-        "steps",
-        "loss",
-        "reward",
-        "lr",
-        "errors",
-        "skipped",
-        "snr",
-        "seconds",
-        "cosine",
-        "forwards",
-        "grad norm",
-        "backwards",
-    ]
+    ranked = ["steps", "loss", "reward", "lr", "errors", "skipped", "ties", "snr", "seconds", "cosine", "forwards"]
+    ranked += ["grad norm", "backwards"]
     chosen = []
     for title in [title for title in ranked if title in widths] + [title for title in widths if title not in ranked]:
         if widths[title] <= room:
