@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hybrid_opt.training.metrics import goal_of, own_losses
+from hybrid_opt.training.goal import goal_of, own_losses
 
 Row = dict[str, Any]
 

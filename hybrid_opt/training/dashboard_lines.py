@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from rich.text import Text
 
-from hybrid_opt.training.metrics import shown
+from hybrid_opt.training.goal import shown
 from hybrid_opt.training.run_so_far import Clock, EstimatorSoFar, RunSoFar
 from hybrid_opt.training.sparkline import COLOURS, columns, sparkline, strip
 from hybrid_opt.training.summary import COUNTED

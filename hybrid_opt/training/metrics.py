@@ -1,6 +1,6 @@
-"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `run_folder.py`."""
+"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `goal.py`, `run_folder.py`."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from hybrid_opt.scheduling.signals import Signals
@@ -67,24 +67,3 @@ def evaluation_row(step: int, measures: dict[str, float], signals: Signals) -> d
 def measures_of(row: dict[str, Any]) -> dict[str, float]:
     """The measures in the line of an evaluation."""
     return {name: value for name, value in row.items() if name not in ("step", *TOTALS)}
-
-
-def goal_of(row: Mapping[str, Any]) -> str:
-    """What the run's objective is called, by a line of `metrics.jsonl`: `reward` where it is one, whose negative is the loss."""
-    return "reward" if "reward" in row else "loss"
-
-
-def shown(measures: Mapping[str, float]) -> dict[str, float]:
-    """The measures without a loss that only says the reward again, with the other sign."""
-    again = "reward" in measures and measures.get("loss") == -measures["reward"]
-    return {name: value for name, value in measures.items() if name != "loss" or not again}
-
-
-def own_losses(row: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
-    """What estimators with an objective of their own made of it in a step: by estimator `reward` or `loss`, and its value."""
-    found = {}
-    for name, part in row.get("parts", {}).items():
-        if part.get("own_objective") and row["losses"][name] is not None:
-            reward = part["statistics"].get("reward")
-            found[name] = ("loss", row["losses"][name]) if reward is None else ("reward", reward)
-    return found

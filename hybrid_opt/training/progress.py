@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_opt.training.metrics import goal_of, own_losses, shown
+from hybrid_opt.training.goal import goal_of, own_losses, shown
 from hybrid_opt.training.summary import Summary, told_counts
 
 

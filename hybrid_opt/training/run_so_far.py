@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_opt.config.run import Budget
-from hybrid_opt.training.metrics import goal_of
+from hybrid_opt.training.goal import goal_of
 from hybrid_opt.training.summary import Share
 
 POINTS = 512

@@ -37,7 +37,7 @@ def test_the_row_of_a_run_adds_its_estimators_up(tmp_path):
     known = {"task": "t", "budget": "b", "arm": "a", "seed": 0, "learning_rate_factor": 0.3, "fitted": "x: 1"}
     found = result_row(RUN, "accuracy", **known)
     assert found == {
-        **known, "loss": 1.0, "metric": 0.75, "loss_before": 2.0, "metric_before": 0.5, "steps": 3, "seconds": 1.5, "forwards": 10,
+        **known, "loss": 1.0, "reward": None, "metric": 0.75, "loss_before": 2.0, "reward_before": None, "metric_before": 0.5, "steps": 3, "seconds": 1.5, "forwards": 10,
         "backwards": 2, "forward_equivalents": 10.0, "tokens": 150, "peak_memory_bytes": 700,
     }  # fmt: skip
     assert result_row(RUN, None, **known)["metric"] is None
