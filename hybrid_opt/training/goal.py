@@ -21,7 +21,7 @@ def shown(measures: Mapping[str, float]) -> dict[str, float]:
 def own_losses(row: Mapping[str, Any]) -> dict[str, tuple[str, float]]:
     """What estimators with an objective of their own made of it in a step: by estimator `reward` or `loss`, and its value."""
     found = {}
-    for name, part in row.get("parts", {}).items():
+    for name, part in (row.get("parts") or {}).items():
         if part.get("own_objective") and row["losses"][name] is not None:
             reward = part["statistics"].get("reward")
             found[name] = ("loss", row["losses"][name]) if reward is None else ("reward", reward)

@@ -16,6 +16,16 @@ TOLD = {
 }
 
 
+def counts_of(parts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sums of what was counted over an estimator's parts in steps; what no part counts is not there."""
+    counts: dict[str, int] = {}
+    for statistics in (part.get("statistics") or {} for part in parts):
+        for name in COUNTED:
+            if name in statistics:
+                counts[name] = counts.get(name, 0) + int(statistics[name])
+    return counts
+
+
 def told_counts(steps: int, counts: Mapping[str, int]) -> str:
     """What was counted in an estimator's steps, in words: `1 of 12 steps skipped, ...; 11 pairs tied`; nothing of what never was."""
     told = []
@@ -56,9 +66,8 @@ class Share:
         self.forward_equivalents += part["forward_equivalents"]
         self.tokens += part["tokens"]
         self.seconds += part["seconds"]
-        for name in COUNTED:
-            if (count := part["statistics"].get(name)) is not None:
-                self.counts[name] = self.counts.get(name, 0) + int(count)
+        for name, count in counts_of([part]).items():
+            self.counts[name] = self.counts.get(name, 0) + count
 
 
 @dataclass

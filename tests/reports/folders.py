@@ -183,8 +183,8 @@ def result(task: str, budget: str, arm: str, seed: int, level: float, run: Path)
     costs |= {"steps": len(rows), "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows)}
     after, before = summary["after"], summary["before"]
     return {
-        "task": task, "budget": budget, "arm": arm, "seed": seed, "loss": after["loss"], "metric": after["accuracy"],
-        "loss_before": before["loss"], "metric_before": before["accuracy"], **costs, "learning_rate_factor": 1.0, "fitted": "",
+        "task": task, "budget": budget, "arm": arm, "seed": seed, "loss": after["loss"], "reward": None,
+        "metric": after["accuracy"], "loss_before": before["loss"], "reward_before": None, "metric_before": before["accuracy"], **costs, "learning_rate_factor": 1.0, "fitted": "",
     }  # fmt: skip
 
 
