@@ -59,7 +59,9 @@ def own_group(run: Run) -> Group | None:
     panels = [
         _own_panel(run, name, what, keys[name], size, f"own_{number}") for number, (name, what) in enumerate(whose)
     ]
-    caption = f"On the training batches of their own. Only the run's objective is evaluated.{thinning_note(size)}"
+    caption = (
+        f"Own objectives are drawn on their own training batches; only the run's is evaluated.{thinning_note(size)}"
+    )
     return Group("What estimators minimise instead", tuple(panels), (), caption) if panels else None
 
 
