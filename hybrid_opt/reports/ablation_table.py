@@ -11,6 +11,7 @@ from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.records import Study
 from hybrid_opt.reports.wording import known, number, size, with_interval
 from hybrid_opt.studies.goal import BETTER
+from hybrid_opt.training.summary import told_counts
 
 COSTS = (STEPS, SECONDS, *AMOUNTS, Column("peak_memory_bytes", "peak memory", size))
 
@@ -89,6 +90,7 @@ def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]]
     if same:
         yield f"Not told apart from the reference {study.reference} in {goal}, as the interval includes 0: {', '.join(same)}."
     yield from dict.fromkeys(_changes(study, task, budget))
+    yield from _counted(study, task, budget)
     for run in study.runs:
         if (run.task, run.budget, run.status) == (task, budget, "failed"):
             yield f"{run.arm}, seed {run.seed}, failed: {run.error or 'no message was left'}"
@@ -102,6 +104,15 @@ def _changes(study: Study, task: str, budget: str):
                 yield f"{row['arm']}: learning rates were multiplied by {number(row['learning_rate_factor'])}, as the search chose."
             if row.get("fitted"):
                 yield f"{row['arm']} was made to fit the memory: {row['fitted']}."
+
+
+def _counted(study: Study, task: str, budget: str):
+    """What went wrong with an arm's rewards, and how often it had nothing to learn, over all its finished runs."""
+    for arm in study.arms:
+        rows = [row for row in study.results if (row["task"], row["budget"], row["arm"]) == (task, budget, arm)]
+        counts = {n: sum(int(row.get(n) or 0) for row in rows) for n in ("skipped", "reward_errors")}
+        if told := told_counts(sum(int(row["steps"]) for row in rows), counts):
+            yield f"{arm}: {told}."
 
 
 def _undecided(row: dict[str, Any], goal: str) -> bool:

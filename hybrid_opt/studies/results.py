@@ -42,6 +42,8 @@ RESULT_TYPES = {
     "forward_equivalents": "float64",
     "tokens": "int64",
     "peak_memory_bytes": "int64",
+    "skipped": "int64",
+    "reward_errors": "int64",
     "learning_rate_factor": "float64",
     "fitted": "string",
 }
@@ -64,6 +66,7 @@ def result_row(summary: dict[str, Any], metric: str | None, **known: Any) -> Row
         name: sum(share[name] for share in shares)
         for name in ("forwards", "backwards", "forward_equivalents", "tokens")
     }
+    counts |= {n: sum(s.get("counts", {}).get(n, 0) for s in shares) for n in ("skipped", "reward_errors")}
     measures = {"loss": "loss", "reward": "reward" if summary.get("goal") == "reward" else None, "metric": metric}
     found = {
         **known,

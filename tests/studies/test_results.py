@@ -38,7 +38,7 @@ def test_the_row_of_a_run_adds_its_estimators_up(tmp_path):
     found = result_row(RUN, "accuracy", **known)
     assert found == {
         **known, "loss": 1.0, "reward": None, "metric": 0.75, "loss_before": 2.0, "reward_before": None, "metric_before": 0.5, "steps": 3, "seconds": 1.5, "forwards": 10,
-        "backwards": 2, "forward_equivalents": 10.0, "tokens": 150, "peak_memory_bytes": 700,
+        "backwards": 2, "forward_equivalents": 10.0, "tokens": 150, "peak_memory_bytes": 700, "skipped": 0, "reward_errors": 0,
     }  # fmt: skip
     assert result_row(RUN, None, **known)["metric"] is None
     write_results([found, {**found, "metric": None}], tmp_path)
