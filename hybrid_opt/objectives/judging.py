@@ -159,7 +159,10 @@ def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
     return named
 
 
-RESERVED = ("loss", "reward", "reward_errors", "completion_tokens", "finished", "tied_pairs", "skipped", "snr")
+RESERVED = (
+    *("loss", "reward", "finished", "completion_tokens", "reward_errors", "tied_pairs", "skipped", "examples_left_out"),
+    *("snr", "gradient_norm", "cosine", "rho2"),
+)
 """What else is measured beside a judge's rewards."""
 COMPLETED = ("prompts", "completions", "completion_ids")
 """What every function is offered beside the data's columns."""
