@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybrid_opt.config import RunFile, ScheduleFile, load_run, load_schedule
+    from hybrid_opt.config.data import Data
+    from hybrid_opt.config.rewards import Generation
     from hybrid_opt.engines.contract import Contribution, Engine, Shard
     from hybrid_opt.engines.local import LocalEngine
     from hybrid_opt.errors import UserError
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from hybrid_opt.estimators.noise import Key
     from hybrid_opt.models.loading import load_model, load_tokenizer
     from hybrid_opt.objectives.contract import FunctionObjective, Objective
+    from hybrid_opt.objectives.judging import Judge
+    from hybrid_opt.objectives.reward import RewardData, RewardObjective
     from hybrid_opt.scheduling.policy import Policy
     from hybrid_opt.scheduling.schedule import Schedule
     from hybrid_opt.scheduling.signals import Signals
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "config": ("RunFile", "ScheduleFile", "load_run", "load_schedule"),
+    "config.data": ("Data",),
+    "config.rewards": ("Generation",),
     "engines.contract": ("Contribution", "Engine", "Shard"),
     "engines.local": ("LocalEngine",),
     "errors": ("UserError",),
@@ -37,6 +43,8 @@ _HOMES = {
     "estimators.noise": ("Key",),
     "models.loading": ("load_model", "load_tokenizer"),
     "objectives.contract": ("FunctionObjective", "Objective"),
+    "objectives.judging": ("Judge",),
+    "objectives.reward": ("RewardData", "RewardObjective"),
     "scheduling.policy": ("Policy",),
     "scheduling.schedule": ("Schedule",),
     "scheduling.signals": ("Signals",),
@@ -51,16 +59,21 @@ __all__ = [
     "BackpropEstimator",
     "Contribution",
     "Cost",
+    "Data",
     "Engine",
     "EsEstimator",
     "Estimate",
     "Estimator",
     "FunctionObjective",
+    "Generation",
     "HybridOptimizer",
+    "Judge",
     "Key",
     "LocalEngine",
     "Objective",
     "Policy",
+    "RewardData",
+    "RewardObjective",
     "RunFile",
     "Schedule",
     "ScheduleFile",

@@ -60,6 +60,14 @@ def test_finetune_example(tmp_path):
     assert summary["after"]["loss"] < summary["before"]["loss"]
 
 
+def test_reward_example_shortens_words(tmp_path):
+    output = python("examples/reward.py", "--model", "tests/data/glass_en", "--text", str(PROSE), "--steps", "16",
+                    "--output", str(tmp_path / "out"))  # fmt: skip
+    assert "held-out reward" in output
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["after"]["reward"] > summary["before"]["reward"] + 0.1
+
+
 def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
     """From pretrained and from random weights; a few steps here, its defaults in the README."""
     for start in ("pretrained", "random"):

@@ -12,6 +12,8 @@ from hybrid_opt.config.strict import NonNegativeFloat, PositiveFloat, PositiveIn
 
 FUNCTION = re.compile(r"\w+(\.\w+)*:\w+")
 """`module:function`."""
+OWN_ARGUMENTS = frozenset({"model", "tokenizer", "enable_lora", "skip_tokenizer_init"})
+"""Arguments of vLLM's `LLM` that nobody else may set."""
 
 
 class RewardFunction(Strict):
@@ -41,7 +43,8 @@ class Generation(Strict):
     engine: Literal["torch", "vllm"] = "torch"
     """What writes: the model itself, or vLLM, to which members are handed as LoRA adapters."""
     engine_arguments: dict[str, Any] = {}
-    """Further arguments of vLLM's `LLM`, such as `{gpu_memory_utilization: 0.4}`."""
+    """Further arguments of vLLM's `LLM`, such as `{gpu_memory_utilization: 0.4, max_loras: 16, max_model_len: 2048}`, or
+    `enable_sleep_mode: true` (it leaves the GPU between its turns) and `dtype: bfloat16` (for a model in float32)."""
 
     @model_validator(mode="after")
     def _options_suit(self):
@@ -51,6 +54,11 @@ class Generation(Strict):
             )
         if self.engine_arguments and self.engine != "vllm":
             raise ValueError("engine_arguments are vLLM's; write engine: vllm, or drop them")
+        if own := sorted(OWN_ARGUMENTS & self.engine_arguments.keys()):
+            raise ValueError(
+                f"engine_arguments.{own[0]} follows from the model section and the rewards; drop it (members are LoRA adapters of the "
+                "model that is trained)"
+            )
         if "" in self.stop:
             raise ValueError("stop holds an empty text, which would end every completion at once; drop it")
         return self

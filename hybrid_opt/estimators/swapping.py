@@ -6,6 +6,7 @@ a hook after it puts the own ones back. The own ones are never written, and only
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,17 @@ def every_module_called() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+_swapping: ContextVar[bool] = ContextVar("modules_swap_weights", default=False)
+
+
+def modules_swap_weights() -> bool:
+    """Whether the model computes at the moment with weights that exist only while its modules run.
+
+    Whoever reads its weights elsewhere would then read others.
+    """
+    return _swapping.get()
+
+
 @contextmanager
 def while_running(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], weights_of: Callable[[str], Tensor]
@@ -52,6 +64,7 @@ def while_running(
         module._parameters.update(own_weights[module])
 
     handles = []
+    token = _swapping.set(_swapping.get() or bool(owners))
     try:
         for module in owners:
             handles += [
@@ -62,6 +75,7 @@ def while_running(
         with every_module_called():
             yield
     finally:
+        _swapping.reset(token)
         for handle in handles:
             handle.remove()
         for module, own in own_weights.items():

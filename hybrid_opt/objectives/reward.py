@@ -21,11 +21,12 @@ from hybrid_opt.estimators.fitness import worst_for_missing
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import import_function
 from hybrid_opt.objectives.examples import encode_questions
-from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, Verdict
+from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, RewardCall, Verdict
 from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
 from hybrid_opt.rollouts.prefill import cache_bytes
+from hybrid_opt.rollouts.vllm import VllmRollout
 from hybrid_opt.tasks.scorers import needed_columns, scorer
 
 
@@ -35,10 +36,12 @@ class RewardObjective:
     A completion that nobody could judge has the loss NaN; the estimator takes the worst of the step for it (`on_error: worst`).
 
     Args:
-        judges: the reward functions.
+        rewards: functions with TRL's signature, or Judges of them, which have weights.
         tokenizer: the model's.
         generation: how completions are written.
-        rollout: what writes them; None: the model itself.
+        on_error: what a reward is that is not finite, missing, late or raised: `worst` of the step, `zero`, or `stop`: an error.
+        timeout: most seconds for one call of a function.
+        rollout: what writes completions; None: the model itself.
     """
 
     differentiable = False
@@ -46,12 +49,16 @@ class RewardObjective:
 
     def __init__(
         self,
-        judges: Judges,
+        rewards: Sequence[Judge | RewardCall],
         tokenizer: PreTrainedTokenizerBase,
         generation: Generation = Generation(),
+        *,
+        on_error: str = "worst",
+        timeout: float = 60.0,
         rollout: Rollout | None = None,
     ):
-        self.judges, self.tokenizer, self.generation = judges, tokenizer, generation
+        judges = [r if isinstance(r, Judge) else Judge(getattr(r, "__name__", type(r).__name__), r) for r in rewards]
+        self.judges, self.tokenizer, self.generation = Judges(judges, on_error, timeout), tokenizer, generation
         self.rollout = rollout or Decoding(generation, tokenizer)
         self.tally = Tally()
 
@@ -83,6 +90,8 @@ class RewardObjective:
 
     def row_bytes(self, model: nn.Module, batch: dict[str, Any]) -> int:
         """What a row holds from one token to the next: its keys and values, when it is at its longest."""
+        if not isinstance(self.rollout, Decoding):
+            return 0
         return cache_bytes(model, batch["input_ids"].shape[1] + self.generation.max_new_tokens)
 
     @property
@@ -161,13 +170,11 @@ class RewardData:
 
     Args:
         config: the `data` section; `max_tokens` holds the prompt and the most tokens of a completion.
-        max_new_tokens: most tokens of a completion.
-        judges: who will want the columns.
     """
 
-    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, judges: Judges):
-        self.config, self.tokenizer, self.judges = config, tokenizer, judges
-        self.room = config.max_tokens - max_new_tokens
+    def __init__(self, config: Data, objective: RewardObjective):
+        self.config, self.tokenizer, self.judges = config, objective.tokenizer, objective.judges
+        self.room = config.max_tokens - objective.generation.max_new_tokens
 
     def encode(self, rows: Dataset) -> list[PromptExample]:
         """Examples from rows.
@@ -202,10 +209,12 @@ def reward_objective(
     Raises:
         UserError: a reward function cannot be found.
     """
-    judges = [judge_of(judge, f"objective.rewards.{i}") for i, judge in enumerate(config.rewards)]
-    judges = Judges(judges, config.on_error, config.timeout)
-    objective = RewardObjective(judges, tokenizer, config.generation)
-    return objective, RewardData(data, tokenizer, config.generation.max_new_tokens, judges)
+    rewards = [judge_of(judge, f"objective.rewards.{i}") for i, judge in enumerate(config.rewards)]
+    rollout = VllmRollout(config.generation, tokenizer) if config.generation.engine == "vllm" else None
+    objective = RewardObjective(
+        rewards, tokenizer, config.generation, on_error=config.on_error, timeout=config.timeout, rollout=rollout
+    )
+    return objective, RewardData(data, objective)
 
 
 def judge_of(config: RewardFunction, key: str) -> Judge:

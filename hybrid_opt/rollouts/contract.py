@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -33,3 +34,10 @@ class Rollout(Protocol):
                 its seed alone, whatever other rows there are; without, from its place.
         """
         ...
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-text token, and those at which the model's makers say that it stops (a chat's end of turn)."""
+    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+    return sorted(ends - {None})

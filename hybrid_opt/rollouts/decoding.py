@@ -15,7 +15,7 @@ from hybrid_opt.engines.contract import is_spread
 from hybrid_opt.estimators.factors import active_factors
 from hybrid_opt.objectives.language_model import pad_token
 from hybrid_opt.rollouts.choosing import build_choice
-from hybrid_opt.rollouts.contract import Completions
+from hybrid_opt.rollouts.contract import Completions, end_tokens
 from hybrid_opt.rollouts.prefill import Prefill, sharing
 
 LEAVING = 1 / 8
@@ -32,8 +32,7 @@ class Decoding:
 
     def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase):
         self.config = config
-        self.pad = pad_token(tokenizer)
-        self.ends = {tokenizer.eos_token_id} - {None}
+        self.tokenizer, self.pad = tokenizer, pad_token(tokenizer)
         self.prefill = Prefill()
         self.stop_strings = StopStringCriteria(tokenizer, list(config.stop)) if config.stop else None
 
@@ -42,7 +41,8 @@ class Decoding:
         """See `Rollout.complete`."""
         ids, most = batch["input_ids"], self.config.max_new_tokens
         seeds = batch.get("seeds", torch.arange(len(ids)))
-        choose, ends = build_choice(self.config, seeds, ids.device), self._ends_of(model, ids.device)
+        choose = build_choice(self.config, seeds, ids.device)
+        ends = torch.tensor(end_tokens(model, self.tokenizer), dtype=torch.long, device=ids.device)
         written = ids.new_full((len(ids), most), self.pad)
         lengths, finished = torch.zeros_like(ids[:, 0]), torch.zeros_like(ids[:, 0], dtype=torch.bool)
         rows = torch.arange(len(ids), device=ids.device)  # those that still take part
@@ -63,12 +63,6 @@ class Decoding:
                 logits = context.next(tokens)
         texts = [row[:n] for row, n in zip(written.tolist(), lengths.tolist(), strict=True)]
         return Completions(texts, finished.tolist())
-
-    def _ends_of(self, model: nn.Module, device: torch.device) -> Tensor:
-        """The end-of-text token, and those at which the model's makers say that it stops (a chat's end of turn)."""
-        more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = self.ends | set(more if isinstance(more, list) else {more} - {None})
-        return torch.tensor(sorted(ends), dtype=torch.long, device=device)
 
     def _stopped(self, written: Tensor) -> Tensor | bool:
         return self.stop_strings(written, None) if self.stop_strings else False

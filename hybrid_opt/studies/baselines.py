@@ -33,12 +33,15 @@ def baseline(name: BaselineName, run: RunFile) -> Changes:
     Raises:
         UserError: the run's schedule has nothing that this baseline would change.
     """
-    return BASELINES[name](run)
+    changes = BASELINES[name](run)
+    used = load_schedule(changes["schedule"]).estimators
+    own = {n: o.model_dump(mode="json", exclude_unset=True) for n, o in run.objectives.items() if n in used}
+    return changes if len(own) == len(run.objectives) else {**changes, "objectives": own}
 
 
 def backprop_checkpointing(run: RunFile) -> Changes:
     """Backprop alone at every step, recomputing activations: the memory that people pay who can take gradients."""
-    return {"schedule": _single(backprop=_checkpointed(run))}
+    return {"schedule": _single(_name(run, Backprop, "backprop"), _checkpointed(run))}
 
 
 def lora(run: RunFile) -> Changes:
@@ -46,12 +49,12 @@ def lora(run: RunFile) -> Changes:
     estimator = _checkpointed(run)
     estimator["learning_rate"] *= 1 if run.peft else LORA_FACTOR
     adapters = (run.peft or Lora()).model_dump(mode="json")
-    return {"peft": adapters, "schedule": _single(backprop=estimator)}
+    return {"peft": adapters, "schedule": _single(_name(run, Backprop, "backprop"), estimator)}
 
 
 def mezo(run: RunFile) -> Changes:
     """MeZO (arXiv 2305.17333): SPSA with one pair of forward passes a step, dense Gaussian noise, SGD."""
-    return {"schedule": _single(mezo=MEZO)}
+    return {"schedule": _single(_name(run, EvolutionStrategy, "mezo"), MEZO)}
 
 
 def ea4llm(run: RunFile) -> Changes:
@@ -95,9 +98,13 @@ BASELINES: dict[BaselineName, Callable[[RunFile], Changes]] = {
 # ---------------------------------------------------------------- pieces
 
 
-def _single(**estimator: dict[str, Any]) -> dict[str, Any]:
-    (name,) = estimator
-    return {"estimators": estimator, "schedule": {"type": "single", "estimator": name}}
+def _single(name: str, estimator: dict[str, Any]) -> dict[str, Any]:
+    return {"estimators": {name: estimator}, "schedule": {"type": "single", "estimator": name}}
+
+
+def _name(run: RunFile, kind: type, otherwise: str) -> str:
+    """What the run calls its estimator of this kind, so that an objective of its own stays its own."""
+    return next((name for name, e in run.schedule.estimators.items() if isinstance(e, kind)), otherwise)
 
 
 def _backprop(run: RunFile) -> Backprop | None:

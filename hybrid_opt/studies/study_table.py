@@ -5,6 +5,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Column, Table
+from rich.text import Text
 
 from hybrid_opt.studies.arms import StudyPlan, compact
 
@@ -14,7 +15,8 @@ def arms_table(plan: StudyPlan) -> Table:
     table = Table(Column("arm", overflow="fold"), Column("changes", overflow="fold"))
     for arm in plan.arms:
         changes = compact({".".join(keys): value for keys, value in arm.changes})
-        table.add_row(arm.name, f"built-in baseline, made from {plan.base.name}" if arm.baseline else changes)
+        said = f"built-in baseline, made from {plan.base.name}" if arm.baseline else changes
+        table.add_row(Text(arm.name), Text(said))
     return table
 
 

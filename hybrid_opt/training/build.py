@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, LowRankPerturbation
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
@@ -29,7 +29,9 @@ from hybrid_opt.objectives.choice import ChoiceData
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.objectives.reward import reward_objective
+from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
+from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
@@ -77,7 +79,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
     for _, batches in own.values():
         _refuse_what_does_not_fit(model, batches.examples)
-    return Trainer(
+    trainer = Trainer(
         model,
         objective,
         ShuffledBatches(examples, training.batch_size, data.collate, training.seed),
@@ -101,6 +103,8 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         display=display,
         report_to=run.report_to,
     )
+    _refuse_what_vllm_cannot_serve(run, trainer.optimizer)
+    return trainer
 
 
 def _with_engine_dtype(run: RunFile) -> Model:
@@ -167,6 +171,20 @@ def _refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 
             f"data.max_tokens: an example has {longest} tokens, but the model has only {positions} positions; write "
             f"{positions} or fewer"
         )
+
+
+def _refuse_what_vllm_cannot_serve(run: RunFile, optimizer: HybridOptimizer) -> None:
+    for name, config in run.schedule.estimators.items():
+        objective = run.objective_of(name)
+        if (
+            isinstance(config, EvolutionStrategy)
+            and isinstance(objective, Reward)
+            and objective.generation.engine == "vllm"
+        ):
+            low_rank = isinstance(config.perturbation, LowRankPerturbation)
+            for policy in optimizer.policies.values() if low_rank else ():
+                if names := policy.names(name):
+                    refuse_what_adapters_cannot_carry(optimizer.engine.model, names)
 
 
 def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:

@@ -99,7 +99,7 @@ every_size = pytest.mark.parametrize("ranks", [1, 2, 4])
 
 
 @one_and_two
-@pytest.mark.parametrize("name", ["es_low_rank", "es_dense", "es_in_bfloat16"])
+@pytest.mark.parametrize("name", ["es_low_rank", "es_dense", "es_in_bfloat16", "es_on_a_reward"])
 def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, name):
     # Every forward pass has the same two members wherever it runs, and every rank adds the same noise in the same order.
     found = results(ranks, name)
@@ -121,6 +121,13 @@ def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, n
 )
 def test_schedules_with_backprop_are_the_local_engines_but_for_rounding(results, ranks, name):
     found = results(ranks, name)
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 200 * ROUNDING
+
+
+def test_a_reward_and_a_loss_with_a_pull_to_the_first_weights_are_the_local_engines(results):
+    found = results(2, "es_on_a_reward_and_backprop_on_a_loss")
     assert largest(found, "losses") < ROUNDING
     assert largest(found, "weights") < ROUNDING
     assert found["moved"] > 200 * ROUNDING

@@ -19,16 +19,19 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import HybridOptimizer, UserError
 from hybrid_opt.config.engines import LocalEngine, ZeroEngine
+from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.zero import join_ranks
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import FunctionObjective
+from hybrid_opt.objectives.language_model import left_padded
+from hybrid_opt.objectives.reward import RewardObjective
 from hybrid_opt.training.checkpoint import load_checkpoint, save_checkpoint
 from hybrid_opt.training.save_model import save_model
-from tests.conftest import tiny_model, token_batch, token_losses
+from tests.conftest import GLASS, tiny_model, token_batch, token_losses
 
 STAGES = (1, 2, 3)
 CPU = {"device": "cpu"}
@@ -122,16 +125,23 @@ def uneven_batch(step: int) -> dict[str, Tensor]:
 class Run:
     """A HybridOptimizer that has taken some steps, and their losses."""
 
-    def __init__(self, file, engine, *, model=small_model, losses=token_losses, batch=batch_of, steps=4, after=None):
+    def __init__(
+        self, file, engine, *, model=small_model, losses=token_losses, batch=batch_of, own=None, steps=4, after=None
+    ):
         gc.freeze()  # DeepSpeed collects garbage often, which takes half a second with all that was imported
-        self.batch, self.losses = batch, []
-        self.optimizer = HybridOptimizer(model(), losses, schedule=file, steps=steps, seed=1, engine=engine)
+        self.batch, self.own, self.losses = batch, own or {}, []
+        objectives = {name: losses for name, (losses, _) in self.own.items()}
+        self.optimizer = HybridOptimizer(
+            model(), losses, schedule=file, objectives=objectives, steps=steps, seed=1, engine=engine
+        )
         self.engine = self.optimizer.engine
         self.after = after or (lambda run: None)
 
     def take(self, steps: int) -> "Run":
         for _ in range(steps):
-            self.losses.append(self.optimizer.step(self.batch(self.optimizer.signals.step)).loss)
+            step = self.optimizer.signals.step
+            own = {name: batch(step) for name, (_, batch) in self.own.items()}
+            self.losses.append(self.optimizer.step(self.batch(step), own).loss)
             self.after(self)
         return self
 
@@ -233,6 +243,33 @@ def es_low_rank(folder):
 @scenario(1, 2)
 def es_dense(folder):
     return at_all_stages(schedule_file(ONLY_ES, es=DENSE))
+
+
+def reward_batch(step: int) -> dict:
+    prompts = [[5, 9, 14, 20, 33], [7, 7], [11, 40, 2, 8, 50, 3, 17], [60 - step]]
+    return {**left_padded(prompts, 0), "prompts": ["?"] * 4, "columns": {}}
+
+
+def variety(completion_ids, **columns) -> list[float]:
+    return [len(set(ids)) - 0.3 * len(ids) for ids in completion_ids]
+
+
+def reward(temperature: float) -> RewardObjective:
+    generation = Generation(max_new_tokens=6, temperature=temperature)
+    return RewardObjective([variety], AutoTokenizer.from_pretrained(GLASS), generation)
+
+
+@scenario(1, 2)
+def es_on_a_reward(folder):
+    """Ranks write completions of different lengths, and make as many passes as the longest needs where they share weights."""
+    return at_all_stages(schedule_file(ONLY_ES), losses=reward(3.0), batch=reward_batch)
+
+
+@scenario(2)
+def es_on_a_reward_and_backprop_on_a_loss(folder):
+    own = {"backprop": (token_losses, batch_of)}
+    file = schedule_file(TURNS, es={**ES, "anchor": 0.1}, backprop={**SGD, "anchor": 0.2})
+    return at_all_stages(file, losses=reward(0.0), batch=reward_batch, own=own)
 
 
 @scenario(1, 2)

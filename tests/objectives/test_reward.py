@@ -15,7 +15,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import select
-from hybrid_opt.objectives.judging import Judge, Judges
+from hybrid_opt.objectives.judging import Judge
 from hybrid_opt.objectives.reward import RewardData, RewardObjective
 from tests.conftest import GLASS
 
@@ -57,10 +57,9 @@ class Recorded:
 
 
 def build(function, data=PROMPT, template=None, on_error="worst", rows=ROWS, **generation):
-    tok, judges = tokenizer(template), Judges([Judge("mine", function)], on_error)
     generation = Generation(**{"max_new_tokens": 8, **generation})
-    objective = RewardObjective(judges, tok, generation)
-    examples = RewardData(data, tok, generation.max_new_tokens, judges)
+    objective = RewardObjective([function], tokenizer(template), generation, on_error=on_error)
+    examples = RewardData(data, objective)
     return objective, examples, examples.collate(examples.encode(rows))
 
 
@@ -86,7 +85,7 @@ def test_measures(model):
     measures = objective.measures(model, batch)
     assert set(measures) == {"loss", "reward", "finished"}
     assert torch.equal(measures["reward"], -measures["loss"])
-    judges = Judges([Judge("one", letters, 2.0), Judge("two", lambda completions: [1.0, None, 1.0])])
+    judges = [Judge("one", letters, 2.0), Judge("two", lambda completions: [1.0, None, 1.0])]
     measures = RewardObjective(judges, tokenizer(), Generation(max_new_tokens=8)).measures(model, batch)
     assert measures["two"].tolist() == [1.0, 0.0, 1.0]
     expected = 2 * measures["one"] + torch.tensor([1.0, 0.0, 1.0])
@@ -155,8 +154,7 @@ def test_no_end_of_text_stands_between_prompt_and_completion():
 
     tok._tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tok.eos_token_id)])
     assert tok("It is").input_ids[-1] == tok.eos_token_id
-    judges = Judges([Judge("mine", letters)])
-    (example, *_) = RewardData(PROMPT, tok, 8, judges).encode(ROWS)
+    (example, *_) = RewardData(PROMPT, RewardObjective([letters], tok, Generation(max_new_tokens=8))).encode(ROWS)
     assert list(example.prompt) == tok("It is").input_ids[:-1]
 
 

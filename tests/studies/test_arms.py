@@ -10,7 +10,7 @@ from hybrid_opt.config import load_run, load_study
 from hybrid_opt.config.study import StudyFile
 from hybrid_opt.studies.arms import StudyPlan, arms_of
 from hybrid_opt.studies.baselines import BASELINES, baseline
-from tests.conftest import run_document
+from tests.conftest import SPAM, run_document
 
 ES = {"type": "es", "population_size": 4, "sigma": 0.01, "learning_rate": 1e-4, "fitness_shaping": "none"}
 ADAMW = {"type": "backprop", "learning_rate": 1e-3, "optimizer_arguments": {"weight_decay": 0.0}}
@@ -180,6 +180,27 @@ def test_mezo_and_ea4llm_are_those_of_the_papers(tmp_path):
         "standardize",
         False,
     )
+
+
+REWARD = {
+    "objective": {"type": "reward", "rewards": [{"function": "exact_match", "arguments": {"column": "label"}}]},
+    "data": {"train": str(SPAM), "prompt": "{subject}", "completion": " {label}"},
+    "objectives": {"sgd": {"objective": {"type": "causal_lm"}, "batch_size": 2}},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("backprop_checkpointing", ["sgd"]), ("lora", ["sgd"]), ("stale_gradient", ["sgd"]), ("order_swapped", ["sgd"]),
+     ("mezo", []), ("ea4llm", [])],
+)  # fmt: skip
+def test_baselines_of_a_run_with_a_reward_keep_the_objectives_of_those_who_stay(tmp_path, name, own):
+    schedule = hybrid({"type": "alternate", "pattern": {"es": 1, "sgd": 3}})
+    estimators = schedule["estimators"]
+    schedule = {**schedule, "estimators": {"es": estimators["es"], "sgd": estimators["backprop"]}}
+    run = made(name, tmp_path, schedule, **REWARD)
+    assert list(run.objectives) == own
+    assert all(run.objectives[n].batch_size == 2 for n in own)
 
 
 PHASES = [
