@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.rewards import Generation
-from hybrid_opt.objectives.judging import Judge, Judges
+from hybrid_opt.objectives.judging import Judge
 from hybrid_opt.objectives.reward import PromptExample, RewardData, RewardObjective
 
 
@@ -32,10 +32,9 @@ def generation(model: nn.Module, prompts: Tensor, new_tokens: int) -> Callable[[
 
 def rewarded(prompts: Tensor, new_tokens: int) -> tuple[RewardObjective, dict[str, Any]]:
     """The objective of an ES step and its batch, for prompts (examples, tokens) after each of which so many tokens are written."""
-    tokenizer, judges, config = _NoTokenizer(), Judges([_judge()]), Generation(max_new_tokens=new_tokens)
-    data = RewardData(Data(train="random", text="text"), tokenizer, new_tokens, judges)
-    batch = data.collate([PromptExample(row, "", {}) for row in prompts.tolist()])
-    return RewardObjective(judges, tokenizer, config), batch
+    objective = RewardObjective([_judge()], _NoTokenizer(), Generation(max_new_tokens=new_tokens))
+    data = RewardData(Data(train="random", text="text"), objective)
+    return objective, data.collate([PromptExample(row, "", {}) for row in prompts.tolist()])
 
 
 def begun_alike(prompts: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ def begun_alike(prompts: Tensor) -> Tensor:
 def _judge() -> Judge:
     """Its rewards are 0, 1, 2, ...: no two are equal, so that there is something to learn and a step ends with an update."""
     rewards = itertools.count()
-    return Judge("successive", lambda completions, **_: [float(next(rewards)) for _ in completions])
+    return Judge("successive", lambda completions, **columns: [float(next(rewards)) for _ in completions])
 
 
 class _NoTokenizer:
