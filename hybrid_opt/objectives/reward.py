@@ -46,6 +46,8 @@ class RewardObjective:
 
     differentiable = False
     may_miss = True
+    row_elements = 1
+    """A row has one token in all passes but the first."""
 
     def __init__(
         self,

@@ -179,6 +179,15 @@ def recorded(prompts, new_tokens, texts):
     return objective, batch
 
 
+def test_members_write_in_one_pass_however_long_their_prompts(folder):
+    """64 rows of 32 tokens are more than a pass that reads takes, 1024 tokens, and fewer than one that writes."""
+    case = plan_cases(str(folder), ["float32"], [16], [4], [32], new_tokens=[2], device="cpu")[0]
+    model = load_for("es_generate", case)
+    passes, step = Passes(model.model.layers[0]), build_step("es_generate", case, model)
+    step()
+    assert passes.shapes[-2:] == [(64, 32), (64, 1)]
+
+
 def test_rows_read_in_common_what_they_say(tmp_path):
     """In the second step: the first shows which layers members share."""
     tiny_model(num_hidden_layers=3).save_pretrained(tmp_path)
