@@ -9,7 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_opt.errors import UserError
@@ -51,7 +51,7 @@ class Judges:
     """
 
     def __init__(self, judges: Sequence[Judge], on_error: str = "worst", timeout: float = 60.0):
-        self.judges, self.on_error, self.timeout = judges, on_error, timeout
+        self.judges, self.on_error, self.timeout = _told_apart(judges), on_error, timeout
         self._warned: set[str] = set()
 
     def check(self, columns: Sequence[str]) -> None:
@@ -146,6 +146,15 @@ class Judges:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
+    """Judges with names of their own: the second of a name is called `name_2`."""
+    names: list[str] = []
+    for judge in judges:
+        count = sum(judge.name == other.name for other in judges[: len(names)])
+        names.append(f"{judge.name}_{count + 1}" if count else judge.name)
+    return [replace(judge, name=name) for judge, name in zip(judges, names, strict=True)]
 
 
 COMPLETED = ("prompts", "completions", "completion_ids")

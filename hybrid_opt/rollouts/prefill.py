@@ -44,7 +44,7 @@ class Parts:
     def shrunk(self, finished: Tensor, leaving: float) -> Tensor | None:
         """Numbers of the rows to keep, as many of each part, so that all unfinished ones are kept; None if too few would leave."""
         parts = finished.view(self.count, -1)
-        needed = int((~parts).sum(dim=1).max())
+        needed = max(1, int((~parts).sum(dim=1).max()))  # one, if only other ranks still write
         if needed > (1 - leaving) * parts.shape[1]:
             return None
         order = parts.to(torch.uint8).argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
