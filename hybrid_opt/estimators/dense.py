@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, Shard, is_spread
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes, row_elements
 from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.rehearsal import rehearse
@@ -71,7 +71,8 @@ class DensePerturbation:
         if examples is None:
             return one_by_one(losses_of, len(members))
         row = bytes_per_example + row_bytes(objective, engine.model, batch)
-        return self.forward_size.evaluate(losses_of, batch, examples, 1, row, engine, most=1)
+        elements = row_elements(objective)
+        return self.forward_size.evaluate(losses_of, batch, examples, 1, row, engine, most=1, elements=elements)
 
     @contextmanager
     def perturbed(

@@ -53,6 +53,7 @@ class ForwardSize:
         bytes_per_example: int,
         engine: Engine,
         most: int | None = None,
+        elements: int | None = None,
     ) -> Tensor:
         """All losses, (members, examples of each) float32, piece by piece.
 
@@ -62,8 +63,9 @@ class ForwardSize:
             examples: numbers of the examples that each member sees, (members, k).
             members_per_direction: members that share noise; they are not parted where several directions fit.
             most: most members in a piece.
+            elements: of a row in a forward pass; None: those of an example in the batch's largest tensor.
         """
-        rows = self._rows(batch, bytes_per_example, engine)
+        rows = self._rows(max(1, elements or count_elements(batch)), bytes_per_example, engine)
         todo = self._pieces(*examples.shape, members_per_direction, rows, most)
         losses = torch.empty(examples.shape, device=engine.device)
         while todo:
@@ -77,9 +79,8 @@ class ForwardSize:
                 self._remember(_size(halves[0]))
         return losses
 
-    def _rows(self, batch: Any, bytes_per_example: int, engine: Engine) -> int:
+    def _rows(self, elements: int, bytes_per_example: int, engine: Engine) -> int:
         """Rows in a forward pass if nothing is prescribed; the same on all ranks where they run the model together."""
-        elements = max(1, count_elements(batch))
         efficient = math.ceil(EFFICIENT.get(engine.device.type, EFFICIENT["cuda"]) / elements)
         sharing = engine.ranks.on_this_machine if engine.device.type == "cpu" else 1
         fits = int(SHARE_OF_FREE_MEMORY * free_memory_bytes(engine.device)) // sharing // max(1, bytes_per_example)
@@ -117,6 +118,11 @@ class ForwardSize:
 def row_bytes(objective: Objective, model: nn.Module, batch: Any) -> int:
     """Memory that a row takes beside a pass's own activations: what an objective keeps of it from one pass to the next."""
     return objective.row_bytes(model, batch) if hasattr(objective, "row_bytes") else 0
+
+
+def row_elements(objective: Objective) -> int | None:
+    """Elements of a row in most of an objective's passes, where these are not the batch's: one token where it writes."""
+    return getattr(objective, "row_elements", None)
 
 
 def one_by_one(losses_of: Callable[[Piece], Tensor], members: int) -> Tensor:

@@ -20,7 +20,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.drawn_noise import DrawnNoise
 from hybrid_opt.estimators.factors import Factors
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes, row_elements
 from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.member_hooks import MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
@@ -126,6 +126,7 @@ class LowRankPerturbation:
             forms.found.bytes_per_example + row_bytes(objective, engine.model, batch),
             engine,
             most=1 if forms.dense else None,
+            elements=row_elements(objective),
         )
 
     def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:

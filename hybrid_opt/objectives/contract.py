@@ -22,7 +22,8 @@ class Objective(Protocol):
     """Whether `losses` can be backpropagated through."""
     # An objective that generates may have more (see `RewardObjective`): `may_miss`, whether NaN among its losses means that an
     # example could not be judged; `seeded(batch, key)`, for randomness of its own; `rehearsal`, an objective with the same forward
-    # passes and nothing else; `row_bytes(model, batch)`, memory that it keeps for a row; `tally`, what it has seen.
+    # passes and nothing else; `row_bytes(model, batch)`, memory that it keeps for a row; `row_elements`, tokens of a row in most of
+    # its passes; `tally`, what it has seen.
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of each example at the model's current weights: (examples,), floating point."""

@@ -25,7 +25,7 @@ from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, RewardCall, 
 from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
-from hybrid_opt.rollouts.prefill import cache_bytes
+from hybrid_opt.rollouts.prefill import Prefill, cache_bytes
 from hybrid_opt.rollouts.vllm import VllmRollout
 from hybrid_opt.tasks.scorers import needed_columns, scorer
 
@@ -46,6 +46,8 @@ class RewardObjective:
 
     differentiable = False
     may_miss = True
+    row_elements = 1
+    """A row has one token in all passes but the first."""
 
     def __init__(
         self,
@@ -97,7 +99,8 @@ class RewardObjective:
     @property
     def rehearsal(self) -> "_OnePass":
         """An objective with the same kind of forward passes, of which nobody is the judge."""
-        return _OnePass(Decoding(self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()}), self.tokenizer))
+        config = self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()})
+        return _OnePass(Decoding(config, self.tokenizer, Prefill(beginnings=False)))
 
     def _judged(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Verdict, Completions]:
         completions = self.rollout.complete(model, batch)

@@ -21,7 +21,7 @@ EXAMPLES = torch.arange(3).expand(8, 3)
 BATCH = token_batch()  # 3 examples of 7 tokens
 
 
-def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, bytes_per_example=1):
+def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, bytes_per_example=1, elements=None):
     """(members, examples) of each forward pass, in order; every loss is written once."""
     seen, done = [], torch.zeros(members, examples)
 
@@ -32,7 +32,7 @@ def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, by
         return torch.zeros(shape)
 
     numbers = torch.arange(examples).expand(members, examples)
-    size.evaluate(losses_of, batch, numbers, together, bytes_per_example, ENGINE)
+    size.evaluate(losses_of, batch, numbers, together, bytes_per_example, ENGINE, elements=elements)
     assert torch.equal(done, torch.ones(members, examples))
     return seen
 
@@ -60,6 +60,16 @@ def test_by_itself_it_takes_what_is_efficient_and_fits(monkeypatch):
     assert pieces(ForwardSize(), bytes_per_example=10**9) == [(1, 1)] * 24
     monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 6 * 7)  # six rows of seven tokens
     assert pieces(ForwardSize(), bytes_per_example=1) == [(2, 3)] * 4
+    assert pieces(ForwardSize(), bytes_per_example=1, elements=7) == [(2, 3)] * 4
+
+
+def test_where_passes_are_of_one_token_it_takes_more_rows(monkeypatch):
+    """Long prompts must not make the passes small that write."""
+    monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 12)
+    assert pieces(ForwardSize(), elements=1) == [(4, 3), (4, 3)]
+    assert pieces(ForwardSize(), elements=1, together=1) == [(4, 3), (4, 3)]
+    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device: 2 * 6 * 1000)
+    assert pieces(ForwardSize(), elements=1, bytes_per_example=1000) == [(2, 3)] * 4
 
 
 def test_out_of_memory_halves_and_goes_on_with_one_warning():
