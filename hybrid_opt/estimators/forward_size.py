@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.memory import free_memory_bytes
-from hybrid_opt.objectives.contract import Objective, count_elements
+from hybrid_opt.objectives.contract import Generates, Objective, count_elements
 
 EFFICIENT = {"cpu": 1024, "cuda": 32768}
 """Tokens (elements of the largest tensor of a batch) in a forward pass from which on more make it no faster."""
@@ -47,25 +47,29 @@ class ForwardSize:
     def evaluate(
         self,
         losses_of: Callable[[Piece], Tensor],
+        objective: Objective,
         batch: Any,
         examples: Tensor,
         members_per_direction: int,
         bytes_per_example: int,
         engine: Engine,
         most: int | None = None,
-        elements: int | None = None,
     ) -> Tensor:
         """All losses, (members, examples of each) float32, piece by piece.
 
         Args:
             losses_of: losses of a piece, (its members, its examples).
+            objective: what they are losses of.
             batch: the batch that examples are taken from.
             examples: numbers of the examples that each member sees, (members, k).
             members_per_direction: members that share noise; they are not parted where several directions fit.
             most: most members in a piece.
-            elements: of a row in a forward pass; None: those of an example in the batch's largest tensor.
         """
-        rows = self._rows(max(1, elements or count_elements(batch)), bytes_per_example, engine)
+        elements = count_elements(batch)
+        if isinstance(objective, Generates):
+            elements = objective.row_elements
+            bytes_per_example += objective.row_bytes(engine.model, batch)
+        rows = self._rows(max(1, elements), bytes_per_example, engine)
         todo = self._pieces(*examples.shape, members_per_direction, rows, most)
         losses = torch.empty(examples.shape, device=engine.device)
         while todo:
@@ -113,16 +117,6 @@ class ForwardSize:
         self._fits = min(rows, self._fits or rows)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def row_bytes(objective: Objective, model: nn.Module, batch: Any) -> int:
-    """Memory that a row takes beside a pass's own activations: what an objective keeps of it from one pass to the next."""
-    return objective.row_bytes(model, batch) if hasattr(objective, "row_bytes") else 0
-
-
-def row_elements(objective: Objective) -> int | None:
-    """Elements of a row in most of an objective's passes, where these are not the batch's: one token where it writes."""
-    return getattr(objective, "row_elements", None)
 
 
 def one_by_one(losses_of: Callable[[Piece], Tensor], members: int) -> Tensor:

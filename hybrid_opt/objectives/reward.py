@@ -45,9 +45,7 @@ class RewardObjective:
     """
 
     differentiable = False
-    may_miss = True
     row_elements = 1
-    """A row has one token in all passes but the first."""
 
     def __init__(
         self,
@@ -86,19 +84,18 @@ class RewardObjective:
         }
 
     def seeded(self, batch: dict[str, Any], key: Key) -> dict[str, Any]:
-        """The batch with a seed for each example's random numbers in generation."""
+        """See `Generates.seeded`: with `seeds` (examples,) int64."""
         seeds = [key.fold(i).seed() for i in range(len(batch["input_ids"]))]
         return {**batch, "seeds": torch.tensor(seeds)}
 
     def row_bytes(self, model: nn.Module, batch: dict[str, Any]) -> int:
-        """What a row holds from one token to the next: its keys and values, when it is at its longest."""
+        """See `Generates.row_bytes`: a row's keys and values, when it is at its longest."""
         if not isinstance(self.rollout, Decoding):
             return 0
         return cache_bytes(model, batch["input_ids"].shape[1] + self.generation.max_new_tokens)
 
-    @property
     def rehearsal(self) -> "_OnePass":
-        """An objective with the same kind of forward passes, of which nobody is the judge."""
+        """See `Generates.rehearsal`: two tokens."""
         config = self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()})
         return _OnePass(Decoding(config, self.tokenizer, Prefill(beginnings=False)))
 
