@@ -8,6 +8,8 @@ from rich.text import Text
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation, StaleGradient
+from hybrid_opt.config.objectives import Objective
+from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
@@ -38,6 +40,29 @@ def policy_tables(run: RunFile) -> Iterator[Table | Text]:
                 policy = _without(policy, estimator, reasons) if form.otherwise == "frozen" else policy
         yield _policy_table(policy, found.shapes, "" if phase is None else f"phase {phase}")
     yield from map(Text, exceptions)
+
+
+def objective_lines(run: RunFile) -> Iterator[Text]:
+    """What each estimator is after, and what is evaluated; nothing where all minimise one loss."""
+    if not run.objectives and not isinstance(run.objective, Reward):
+        return
+    for name in acting_names(run.schedule.schedule):
+        if isinstance(run.schedule.estimators[name], StaleGradient):
+            continue
+        own = run.objectives.get(name)
+        data = " on data of its own" if own and own.data else ""
+        yield Text(f"{name} {_aim(run.objective_of(name))}{data}, {run.batch_size_of(name)} examples a batch")
+    measured = "the reward" if isinstance(run.objective, Reward) else run.objective.type
+    yield Text(f"evaluations measure {measured}, whoever acts")
+
+
+def _aim(objective: Objective) -> str:
+    if not isinstance(objective, Reward):
+        return f"minimises {getattr(objective, 'function', objective.type)}"
+    sum_ = " + ".join(
+        f"{judge.weight:g} {judge.function}" if judge.weight != 1 else judge.function for judge in objective.rewards
+    )
+    return f"maximises the reward {sum_}"
 
 
 STATE_TENSORS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
@@ -134,9 +159,12 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             stretches[-1] = (stretches[-1][0], step, who)
         else:
             stretches.append((step, step, who))
-        evaluations = [_evaluations(run.schedule.estimators[name], run.batch_size_of(name)) for name in weights]
-        forwards = sum(members for members, _ in evaluations)
-        tokens = sum(members * examples for members, examples in evaluations) * run.data.max_tokens
+        evaluations = [
+            (*_evaluations(run.schedule.estimators[name], run.batch_size_of(name)), _longest(run, name))
+            for name in weights
+        ]
+        forwards = sum(members for members, _, _ in evaluations)
+        tokens = sum(members * examples * longest for members, examples, longest in evaluations)
         signals = signals.updated(tokens=tokens, forwards=forwards, loss=None)
     width = len(str(steps - 1))
     for first, last, who in stretches:
@@ -144,6 +172,11 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
         yield Text(f"{steps_text:<{2 * width + 11}} {who}")
     if by_tokens:
         yield Text("(phases given in tokens: their ends are estimated from batches of full length)")
+
+
+def _longest(run: RunFile, estimator: str) -> int:
+    own = run.objectives.get(estimator)
+    return ((own and own.data) or run.data).max_tokens
 
 
 def _evaluations(estimator: Estimator, batch_size: int) -> tuple[int, int]:

@@ -73,7 +73,7 @@ def train(
 @app.command()
 def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
-    from hybrid_opt.checking import engine_notes, policy_tables
+    from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
     from hybrid_opt.config import located
     from hybrid_opt.config.reporting import refuse_missing_packages
     from hybrid_opt.objectives.checking import check_data
@@ -82,7 +82,7 @@ def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = No
     with located(source):
         check_data(config)
         refuse_missing_packages(config.report_to)
-        tables = [*policy_tables(config), *engine_notes(config)]
+        tables = [*policy_tables(config), *engine_notes(config), *objective_lines(config)]
     from rich.console import Console
     from rich.table import Table
 

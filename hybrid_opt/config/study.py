@@ -117,7 +117,7 @@ class StudyFile(Strict):
     learning_rates: Annotated[LearningRateGrid | LearningRateSampling, Field(discriminator="type")] | None = None
     """How every arm finds its learning rates; null: they are as written."""
     metric: str | None = None
-    """Measure of the validation rows to report beside the loss, such as accuracy; null: the first that the objective has."""
+    """Measure of the validation rows to report beside the loss or the reward, such as accuracy; null: the first that the objective has."""
     processes: PositiveInt = 1
     """Runs at the same time."""
     threads: PositiveInt | None = None

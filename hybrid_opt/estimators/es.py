@@ -94,13 +94,17 @@ class EsEstimator:
             forward_equivalents=len(members) if examples is None else examples.numel() / count_examples(batch),
             tokens=_tokens(batch, examples, len(members)) + written,
             loss_spread=means.std(correction=0).item(),
-            statistics=self._statistics(found, objective) | seen,
+            statistics=self._statistics(found, objective, means) | seen,
             is_empty=found.is_flat,
         )
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
 
-    def _statistics(self, found: Fitness, objective: Objective) -> dict[str, float]:
-        statistics = {"examples_left_out": found.left_out} if self.config.group_baseline == "standardize" else {}
+    def _statistics(self, found: Fitness, objective: Objective, losses: Tensor) -> dict[str, float]:
+        statistics = {"reward": 0.0 - losses.mean().item()} if isinstance(objective, Generates) else {}
+        if found.is_flat or not objective.differentiable:
+            statistics["skipped"] = int(found.is_flat)
+        if self.config.group_baseline == "standardize":
+            statistics["examples_left_out"] = found.left_out
         if self.config.antithetic:
             statistics |= pair_statistics(found.values, self.config.sigma)
             if not objective.differentiable:  # rewards are often equal

@@ -33,7 +33,10 @@ class Objective(Protocol):
 
 @runtime_checkable
 class Generates(Objective, Protocol):
-    """An objective for which the model writes. NaN among its losses means that an example could not be judged."""
+    """An objective for which the model writes, and whose losses are negative rewards, so that people are shown the reward.
+
+    NaN among its losses means that an example could not be judged.
+    """
 
     row_elements: int
     """Tokens of a row in most of its forward passes."""

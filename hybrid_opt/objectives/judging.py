@@ -6,6 +6,7 @@ One idea: whatever a function does, each completion gets a reward or none, and n
 
 import asyncio
 import inspect
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -149,14 +150,17 @@ class Judges:
 
 
 def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
-    """Judges with names of their own: the second of a name is called `name_2`."""
-    names: list[str] = []
+    """The judges under names that no other judge and no other measure has, because rewards are kept by name."""
+    taken, named = set(RESERVED if len(judges) > 1 else ()), []
     for judge in judges:
-        count = sum(judge.name == other.name for other in judges[: len(names)])
-        names.append(f"{judge.name}_{count + 1}" if count else judge.name)
-    return [replace(judge, name=name) for judge, name in zip(judges, names, strict=True)]
+        names = itertools.chain([judge.name], (f"{judge.name} {i}" for i in itertools.count(2)))
+        named.append(replace(judge, name=next(name for name in names if name not in taken)))
+        taken.add(named[-1].name)
+    return named
 
 
+RESERVED = ("loss", "reward", "reward_errors", "completion_tokens", "finished", "tied_pairs", "skipped", "snr")
+"""What else is measured beside a judge's rewards."""
 COMPLETED = ("prompts", "completions", "completion_ids")
 """What every function is offered beside the data's columns."""
 

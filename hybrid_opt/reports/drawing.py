@@ -100,7 +100,8 @@ def _draw_plot(ax: Axes, panel: Plot, palette: Palette) -> None:
     if panel.log:
         _make_logarithmic(ax, values)
     else:
-        values.set_major_locator(MaxNLocator(5))
+        whole = panel.from_zero and all(float(value).is_integer() for series in panel.series for value in series.y)
+        values.set_major_locator(MaxNLocator(5, integer=whole))
         values.set_major_formatter(FuncFormatter(short))
     _write_numbers(ax, panel, palette)
 
@@ -116,6 +117,7 @@ def _limit_bands(ax: Axes, panel: Plot) -> None:
     low = max(min([least, *ends]), least - room) - 0.2 * room
     high = min(max([most, *ends]), most + room) + 0.2 * room
     low = max(low, -0.1 * most) if least >= 0 else low
+    high = max(high, 1.05 * most) if panel.from_zero else high
     ax.set_ylim(0 if panel.from_zero else max(low, 0.8 * least) if panel.log else low, high)
 
 

@@ -1,82 +1,51 @@
-"""Panels of what ES says about its own estimates. Next: `memory_panels.py`.
+"""What ES says about its own estimates. Next: `completions.py`, then `memory_panels.py`.
 
 One idea: two statistics need nothing but the members' losses, and two need the exact gradient of the same step beside the estimate.
 """
 
 from collections.abc import Iterable
 
-from hybrid_opt.reports.content import Key, Plot, Series
-from hybrid_opt.reports.keys import actor_keys
-from hybrid_opt.reports.loss_panels import spans_decades
+from hybrid_opt.reports.completions import COMPLETIONS, writes
 from hybrid_opt.reports.records import Run
-from hybrid_opt.reports.thinning import bin_size, thinned
-from hybrid_opt.reports.wording import known
+from hybrid_opt.reports.statistic_panels import Chosen, Statistic, names_of
 
 STATISTICS = {
-    "snr": ("Signal-to-noise", "variance ratio"),
-    "gradient_norm": ("Gradient norm that the probes see", "norm"),
-    "cosine": ("Cosine with the exact gradient", "cosine"),
-    "rho2": ("Share of the gradient's energy, rho\u00b2", "rho\u00b2"),
+    "snr": Statistic("Signal-to-noise", "variance ratio"),
+    "gradient_norm": Statistic("Gradient norm that the probes see", "norm"),
+    "cosine": Statistic("Cosine with the exact gradient", "cosine"),
+    "rho2": Statistic("Share of the gradient's energy, rho\u00b2", "rho\u00b2"),
+    "tied_pairs": Statistic("Tied pairs", "pairs", from_zero=True),
+    "examples_left_out": Statistic("Examples on which members agreed", "examples", from_zero=True),
 }
+ELSEWHERE = ("reward", "skipped")
+"""Statistics that the report shows in other places."""
 MEANING = (
     "Signal-to-noise is the variance of the antithetic pairs' odd parts (L+ - L-)/2 over that of their even parts (L+ + L-)/2. "
     "The gradient norm is the root of the mean of ((L+ - L-)/(2 sigma))\u00b2 over the pairs. Rho\u00b2 is the squared cosine."
 )
+TIES = " Both members of a tied pair are equally good, so the pair says nothing; where all members are, the step is skipped."
 NEED_PAIRS = "Signal-to-noise and gradient norm were not recorded: they exist only for ES with antithetic pairs."
-NEED_GRADIENT = "Cosine and rho\u00b2 were not recorded: they exist only where ES and backprop act in the same step on the same parameters."
+NEED_GRADIENT = (
+    "Cosine and rho\u00b2 were not recorded: they exist only where ES and backprop act in the same step on the same parameters, "
+    "to minimise the same."
+)
 
 
-def statistic_of(run: Run, statistic: str) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps (counted from 1) and values by estimator."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
-    for step in run.steps:
-        for name, part in step.parts.items():
-            value = (part.get("statistics") or {}).get(statistic)
-            if known(value):
-                steps, values = found.setdefault(name, ([], []))
-                steps.append(step.number + 1)
-                values.append(value)
-    return found
+def chosen_for(runs: Iterable[Run]) -> Chosen:
+    """What some of the runs have recorded, the unknown last; of runs that write completions the unknown are reward functions."""
+    found = names_of(runs)
+    shown = {name: statistic for name, statistic in STATISTICS.items() if name in found}
+    others = [] if writes(found) else [name for name in found if name not in (*STATISTICS, *COMPLETIONS, *ELSEWHERE)]
+    return shown | {name: Statistic(name.replace("_", " "), "value") for name in others}
 
 
-def panels_of_run(run: Run) -> tuple[Plot, ...]:
-    """A panel for each statistic that was recorded, with a line for each estimator."""
-    size = bin_size(len(run.steps))
-    panels = []
-    for statistic in STATISTICS:
-        found = statistic_of(run, statistic)
-        keys = actor_keys(found)
-        series = [thinned(keys[name], *found[name], size, form="line") for name in keys]
-        panels += [_panel(statistic, statistic, series)] if series else []
-    return tuple(panels)
-
-
-def panels_of_arms(runs: dict[str, Run], keys: dict[str, Key], name: str) -> tuple[Plot, ...]:
-    """The same with a line for each arm, of its first estimator that has the statistic."""
-    panels = []
-    for statistic in STATISTICS:
-        series = []
-        for arm, run in runs.items():
-            for steps, values in list(statistic_of(run, statistic).values())[:1]:
-                line = thinned(keys[arm], steps, values, bin_size(len(values), most=80), form="line")
-                series.append(Series(line.key, line.x, line.y))
-        panels += [_panel(f"{name}_{statistic}", statistic, series)] if series else []
-    return tuple(panels)
-
-
-def _panel(name: str, statistic: str, series: list[Series]) -> Plot:
-    title, label = STATISTICS[statistic]
-    return Plot(name, title, "step", label, tuple(series), log=spans_decades(series))
+def meaning_of(runs: Iterable[Run]) -> str:
+    """What the panels show, in words."""
+    return MEANING + TIES * ("tied_pairs" in names_of(runs))
 
 
 def what_is_absent(runs: Iterable[Run]) -> tuple[str, ...]:
     """A sentence for each pair of statistics that no run has."""
-    found = {
-        statistic
-        for run in runs
-        for step in run.steps
-        for part in step.parts.values()
-        for statistic in part.get("statistics") or {}
-    }
+    found = set(names_of(runs))
     texts = ((("snr", "gradient_norm"), NEED_PAIRS), (("cosine", "rho2"), NEED_GRADIENT))
     return tuple(text for names, text in texts if not found.intersection(names))

@@ -11,6 +11,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.reports.files import read_csv, read_lines, read_mapping, read_text
 from hybrid_opt.reports.records import Evaluation, Run, Step, Study, StudyRun
 from hybrid_opt.studies.study_folder import StudyFolder
+from hybrid_opt.training.goal import goal_of, own_losses
 from hybrid_opt.training.run_folder import RunFolder
 
 KEYS = ("task", "budget", "arm")
@@ -57,6 +58,7 @@ def read_run(folder: Path) -> Run:
         evaluations=evaluations,
         summary=summary,
         remarks=tuple(_remarks(summary, machine, config_text, lines, cut)),
+        goal=summary.get("goal") or goal_of(lines[0] if lines else {}),
     )
 
 
@@ -93,6 +95,8 @@ def _step(row: dict[str, Any], path: Path, line: int) -> Step:
         peak_memory_bytes=row.get("peak_memory_bytes"),
         parts=row.get("parts") or {},
         update_norms=row.get("update_norms"),
+        reward=row.get("reward"),
+        own=own_losses(row),
     )
 
 

@@ -3,8 +3,10 @@
 One idea: whatever a folder lacks is None or empty here, and every section says for itself what it misses.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from hybrid_opt.studies.goal import compared_by
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,14 @@ class Step:
     """Costs and statistics by estimator."""
     update_norms: dict[str, dict[str, float]] | None
     """Norm of the change of each layer by who moved it; None if it was not recorded."""
+    reward: float | None = None
+    """Of the training batch, where the run's objective is a reward, whose negative is the loss."""
+    own: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """By estimators that minimise something else: `loss` or `reward`, and its value."""
+
+    def reached(self, goal: str) -> float | None:
+        """The loss or the reward, as `Run.goal` says."""
+        return self.reward if goal == "reward" else self.loss
 
     @property
     def actor(self) -> str:
@@ -59,6 +69,8 @@ class Run:
     """Empty while the run is under way, or if it was interrupted."""
     remarks: tuple[str, ...]
     """What the folder lacks, in sentences."""
+    goal: str = "loss"
+    """Name of the run's objective among its measures: `reward` where it is one, else `loss`."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,14 @@ class Study:
     def runs_of(self, task: str, budget: str, arm: str) -> tuple[StudyRun, ...]:
         """The runs of an arm, one a seed."""
         return tuple(run for run in self.runs if (run.task, run.budget, run.arm) == (task, budget, arm))
+
+    def goal_of(self, task: str, budget: str) -> str:
+        """The measure in which the arms are compared: `reward` where all of them have one, else `loss`."""
+        rows = self.summary_of(task, budget).values()
+        if any(row.get("loss") is not None for row in rows):
+            return compared_by(rows)
+        goals = {run.goal for (*group, _), run in self.details.items() if group == [task, budget]}
+        return "reward" if goals == {"reward"} else "loss"
 
     def summary_of(self, task: str, budget: str) -> dict[str, dict[str, Any]]:
         """Rows of the summary by arm."""

@@ -6,25 +6,36 @@ One idea: a section stands in every report, and says in a sentence why it is emp
 from typing import Any
 
 from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
+from hybrid_opt.reports.completions import MEANING, completions_of, errors_of
 from hybrid_opt.reports.content import Column, Group, Report, Section, Table
-from hybrid_opt.reports.es_statistics import MEANING, panels_of_run, what_is_absent
+from hybrid_opt.reports.es_statistics import chosen_for, meaning_of, what_is_absent
 from hybrid_opt.reports.keys import actor_keys
-from hybrid_opt.reports.loss_panels import loss_group
+from hybrid_opt.reports.loss_panels import loss_group, own_group
 from hybrid_opt.reports.memory_panels import memory_group
 from hybrid_opt.reports.provenance import provenance
 from hybrid_opt.reports.records import Run
+from hybrid_opt.reports.statistic_panels import Chosen, panels_of_run
 from hybrid_opt.reports.thinning import bin_size, thinning_note
 from hybrid_opt.reports.timeline import timeline_of_run
 from hybrid_opt.reports.update_norms import norms_panel
 from hybrid_opt.reports.wording import count, duration, known, measure, signed, size
+from hybrid_opt.training.goal import shown
+from hybrid_opt.training.summary import counts_of, told_counts
 
-SHARES = (
-    Column("estimator", "estimator", numeric=False),
-    STEPS,
-    *AMOUNTS,
-    SECONDS,
-    Column("loss_decrease", "loss decrease", signed),
-)
+SHARES = (Column("estimator", "estimator", numeric=False), STEPS, *AMOUNTS, SECONDS)
+GAINS = {
+    "loss": (
+        "loss decrease",
+        "Loss decrease: fall of the loss on fixed held-out rows over the turns in which it acted alone.",
+    ),
+    "reward": (
+        "reward gain",
+        "Reward gain: rise of the reward on fixed held-out rows over the turns in which it acted alone, whatever it minimised itself.",
+    ),
+}
+"""Heading and note of what an estimator gave."""
+TITLES = {"finished": "completions that ended"}
+"""Of measures whose names say too little."""
 NO_STEPS = "No step has been recorded yet."
 NORMS = "The Euclidean norm of a step's change to each layer: the root of the mean square over the steps in which the estimator moved it."
 
@@ -33,34 +44,53 @@ def report_of_run(run: Run) -> Report:
     """All sections of a run's report."""
     sections = (
         Section("outcome", "Outcome", tables=tuple(_tables(run)), texts=() if run.steps else (NO_STEPS,)),
-        _drawn("loss", "Loss along the way", loss_group(run) if run.steps else None),
+        _loss(run),
         _drawn("who_acted", "Who acted when", timeline_of_run(run) if run.steps else None),
         _norms(run),
         _statistics(run),
-        _drawn("memory", "Memory over time", memory_group(run), "No peak memory was recorded."),
+        *_completions(run),
+        _drawn("memory", "Memory over time", memory_group(run), absent="No peak memory was recorded."),
         provenance([run.machine], run.config_text, "run.yaml"),
     )
     return Report("run", run.title, "", tuple(_facts(run)), run.remarks, sections)
 
 
-def _drawn(name: str, title: str, group: Group | None, absent: str = NO_STEPS) -> Section:
-    return Section(name, title, groups=(group,)) if group else Section(name, title, (absent,))
+def _drawn(name: str, title: str, *groups: Group | None, absent: str = NO_STEPS) -> Section:
+    drawn = tuple(group for group in groups if group)
+    return Section(name, title, groups=drawn) if drawn else Section(name, title, (absent,))
+
+
+def _loss(run: Run) -> Section:
+    groups = (loss_group(run), own_group(run)) if run.steps else ()
+    return _drawn("loss", f"{run.goal.capitalize()} along the way", *groups)
 
 
 def _norms(run: Run) -> Section:
     panel = norms_panel(run)
     absent = "No update norms were recorded: this version's runs have them in metrics.jsonl."
     legend = tuple(series.key for series in panel.series) if panel else ()
-    return _drawn("update_norms", "Update norms", Group("", (panel,), legend, NORMS) if panel else None, absent)
+    return _drawn("update_norms", "Update norms", Group("", (panel,), legend, NORMS) if panel else None, absent=absent)
 
 
 def _statistics(run: Run) -> Section:
-    panels, absent = panels_of_run(run), what_is_absent([run])
+    group = _panels(run, chosen_for([run]), meaning_of([run]))
+    return Section("es_statistics", "ES statistics", what_is_absent([run]), groups=(group,) * bool(group.panels))
+
+
+def _completions(run: Run):
+    """Nothing for a run without rewards."""
+    if chosen := completions_of([run]):
+        errors = errors_of(run)
+        told = (
+            f"Rewards that went wrong in training: {count(errors)}." if errors else "No reward went wrong in training."
+        )
+        yield Section("completions", "Completions", (told,), groups=(_panels(run, chosen, MEANING),))
+
+
+def _panels(run: Run, chosen: Chosen, meaning: str) -> Group:
+    panels = panels_of_run(run, chosen)
     legend = tuple({series.key: None for panel in panels for series in panel.series})
-    caption = MEANING + thinning_note(bin_size(len(run.steps)))
-    return Section(
-        "es_statistics", "ES statistics", absent, groups=(Group("", panels, legend, caption),) * bool(panels)
-    )
+    return Group("", panels, legend, meaning + thinning_note(bin_size(len(run.steps))))
 
 
 # ---------------------------------------------------------------- outcome
@@ -74,8 +104,11 @@ def _facts(run: Run):
     seconds = [step.seconds for step in run.steps]
     yield "time of training", duration(sum(seconds))
     before, after = _before_and_after(run)
-    for name in before:
-        yield name, " \u2192 ".join(measure(values[name]) for values in (before, after) if known(values.get(name)))
+    for name in shown(before):
+        yield (
+            TITLES.get(name, name),
+            " \u2192 ".join(measure(values[name]) for values in (before, after) if known(values.get(name))),
+        )
     peaks = [step.peak_memory_bytes for step in run.steps if known(step.peak_memory_bytes)]
     if peaks:
         yield "peak memory", size(max(peaks))
@@ -99,9 +132,11 @@ def _tables(run: Run):
     for who, decrease in (run.summary.get("shared_loss_decrease") or {}).items():
         rows.append({"estimator": f"{who.replace('+', ' + ')}, together", "loss_decrease": decrease})
     if rows:
-        note = "Loss decrease: fall of the loss on fixed held-out rows over the turns in which it acted alone."
+        title, note = GAINS[run.goal]
         decreases = any(known(row.get("loss_decrease")) for row in rows)
-        yield Table("estimators", "What each estimator took and gave", SHARES, tuple(rows), (note,) * decreases)
+        columns = (*SHARES, Column("loss_decrease", title, signed))
+        notes = ((note,) * decreases) + tuple(_counted(run, [row["estimator"] for row in rows]))
+        yield Table("estimators", "What each estimator took and gave", columns, tuple(rows), notes)
     before, after = _before_and_after(run)
     if before:
         columns = (
@@ -109,8 +144,19 @@ def _tables(run: Run):
             Column("before", "before", measure),
             Column("after", "after", measure),
         )
-        rows = tuple({"measure": name, "before": value, "after": after.get(name)} for name, value in before.items())
+        rows = tuple(
+            {"measure": TITLES.get(name, name), "before": value, "after": after.get(name)}
+            for name, value in shown(before).items()
+        )
         yield Table("measures", "On held-out rows", columns, rows)
+
+
+def _counted(run: Run, names: list[str]):
+    """A note for each estimator of whose estimates something was counted."""
+    for name in names:
+        parts = [step.parts[name] for step in run.steps if name in step.parts]
+        if told := told_counts(len(parts), counts_of(parts)):
+            yield f"{name}: {told}."
 
 
 def _share(run: Run, name: str) -> dict[str, Any]:

@@ -6,20 +6,22 @@ One idea: arms are compared within a task and a budget, so every part of the rep
 from collections import Counter
 from dataclasses import replace
 
+from hybrid_opt.reports import completions
 from hybrid_opt.reports.ablation_table import ablation_table
 from hybrid_opt.reports.content import Group, Report, Section
-from hybrid_opt.reports.es_statistics import MEANING, panels_of_arms, what_is_absent
+from hybrid_opt.reports.es_statistics import chosen_for, meaning_of, what_is_absent
 from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.mean_curves import GRID, curves_group
 from hybrid_opt.reports.memory_panels import memory_of_arms
 from hybrid_opt.reports.pareto import pareto_group
 from hybrid_opt.reports.provenance import provenance
 from hybrid_opt.reports.records import Run, Study
+from hybrid_opt.reports.statistic_panels import panels_of_arms
 from hybrid_opt.reports.timeline import timeline_of_arms
 from hybrid_opt.reports.update_norms import norms_panel
 
 CURVES = (
-    "Evaluation loss, mean over the seeds that finished; the band is the 95 % interval by Student's t, and a single seed has none. "
+    "Evaluation {goal}, mean over the seeds that finished; the band is the 95 % interval by Student's t, and a single seed has none. "
     "Where seeds were evaluated at different places, each is interpolated linearly onto {grid} common ones within the range that all of "
     "them have. A band may go on beyond the panel. Numbers are those of the arms in the table."
 )
@@ -35,10 +37,12 @@ def report_of_study(study: Study) -> Report:
     tables = tuple(ablation_table(study, task, budget, f"arms_{name}") for task, budget, name in pairs)
     curves = _filled(curves_group(study, task, budget, f"loss_{name}") for task, budget, name in pairs)
     fronts = _filled(pareto_group(study, task, budget, f"pareto_{name}") for task, budget, name in pairs)
+    goal = " or ".join(dict.fromkeys(study.goal_of(task, budget) for task, budget, _ in pairs)) or "loss"
+    told = CURVES.format(goal=goal, grid=GRID) if curves else NOT_YET
     sections = (
         Section("arms", "Arms compared", tables=tables),
-        Section("loss", "Loss along the way", (CURVES.format(grid=GRID) if curves else NOT_YET,), groups=curves),
-        Section("pareto", "Loss against cost", (PARETO if fronts else NOT_YET,), groups=fronts),
+        Section("loss", f"{goal.capitalize()} along the way", (told,), groups=curves),
+        Section("pareto", f"{goal.capitalize()} against cost", (PARETO if fronts else NOT_YET,), groups=fronts),
         *_details(study),
         provenance([run.machine for run in study.details.values()], study.config_text, "study.yaml"),
     )
@@ -65,7 +69,7 @@ def _facts(study: Study):
 
 
 def _details(study: Study):
-    groups = {"who_acted": [], "update_norms": [], "es_statistics": [], "memory": []}
+    groups = {"who_acted": [], "update_norms": [], "es_statistics": [], "completions": [], "memory": []}
     for i, (task, budget) in enumerate(study.groups):
         runs = {arm: run for arm in study.arms if (run := study.details.get((task, budget, arm))) and run.steps}
         for part, group in _details_of(study, runs, f"g{i}", f"{task}, {budget}"):
@@ -78,10 +82,13 @@ def _details(study: Study):
             "Update norms",
             ("Root of the mean square over the steps in which the estimator moved a layer.",),
         ),
-        ("es_statistics", "ES statistics", (*absent, MEANING)),
+        ("es_statistics", "ES statistics", (*absent, meaning_of(study.details.values()))),
+        ("completions", "Completions", (completions.MEANING,)),
         ("memory", "Memory over time", ()),
     ):
         found = tuple(groups[part])
+        if part == "completions" and not found:
+            continue  # of no interest where nothing is written
         yield Section(
             part,
             title,
@@ -107,8 +114,10 @@ def _details_of(study: Study, runs: dict[str, Run], name: str, title: str):
         movers = {series.key for panel in norms for series in panel.series}
         legend = tuple(sorted(movers, key=lambda key: key.colour))
         yield "update_norms", Group(title, tuple(norms), legend)
-    if statistics := panels_of_arms(runs, keys, f"es_{name}"):
-        shown = {series.key for panel in statistics for series in panel.series}
-        yield "es_statistics", Group(title, statistics, tuple(key for key in keys.values() if key in shown))
+    recorded = (("es_statistics", "es", chosen_for), ("completions", "written", completions.completions_of))
+    for part, prefix, chosen in recorded:
+        if panels := panels_of_arms(runs, keys, f"{prefix}_{name}", chosen(runs.values())):
+            shown = {series.key for panel in panels for series in panel.series}
+            yield part, Group(title, panels, tuple(key for key in keys.values() if key in shown))
     if memory := memory_of_arms(runs, keys, f"memory_{name}"):
         yield "memory", Group(title, (memory,), tuple(series.key for series in memory.series))

@@ -22,10 +22,13 @@ from hybrid_opt.studies.jobs import WAITING, Outcome, Stop, standing, train
 from hybrid_opt.studies.results import SUMMARY_COLUMNS, result_row, summarise, write_csv, write_results
 from hybrid_opt.studies.search import search_factor
 from hybrid_opt.studies.study_folder import StudyFolder
+from hybrid_opt.training.goal import shown
 from hybrid_opt.training.interrupt import stop_requests
 
 LONGEST_TRIAL = 50
 """Most steps of a trial of an arm's memory."""
+NO_METRIC = ("loss", "reward", "finished")
+"""Measures that are shown anyway, or say nothing of how good a model is."""
 
 
 @dataclass
@@ -215,7 +218,7 @@ class Ablation:
     def _rows(self) -> Iterator[dict[str, Any]]:
         for (place, seed), outcome in self.outcomes.items():
             if outcome.summary:
-                self.metric = self.metric or next((m for m in outcome.summary["after"] if m != "loss"), None)
+                self.metric = self.metric or next((m for m in outcome.summary["after"] if m not in NO_METRIC), None)
                 chosen = self.chosen[place]
                 found = {"seed": seed, "learning_rate_factor": chosen.factor, "fitted": chosen.fitted}
                 yield result_row(outcome.summary, self.metric, **chosen.cell.names, **found)
@@ -282,7 +285,7 @@ def _told(outcome: Outcome) -> str:
             if outcome.error
             else f"{outcome.status}; the same command goes on with it"
         )
-    measures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.summary["after"].items())
+    measures = ", ".join(f"{name} {value:.4g}" for name, value in shown(outcome.summary["after"]).items())
     peak = outcome.summary["peak_memory_bytes"] / 1e9
     told = f"{outcome.summary['steps']} steps, {outcome.summary['seconds']:.1f} s, {peak:.2f} GB"
     return f"{measures}; {told}" if measures else told

@@ -86,7 +86,7 @@ class StudyPlan:
             if self.run(cell, study.seeds[0], Path(study.output)).data.validation is None:
                 raise UserError(
                     f"{path}: task {cell.task!r}, arm {cell.arm.name!r}: data.validation is missing, and arms are compared by "
-                    "their loss on held-out rows; write a file, a split, or a fraction such as 0.1"
+                    "their loss or reward on held-out rows; write a file, a split, or a fraction such as 0.1"
                 )
 
     def run(self, cell: Cell, seed: int, folder: Path, *changes: Change) -> RunFile:

@@ -30,8 +30,10 @@ RESULT_TYPES = {
     "arm": "string",
     "seed": "int64",
     "loss": "float64",
+    "reward": "float64",
     "metric": "float64",
     "loss_before": "float64",
+    "reward_before": "float64",
     "metric_before": "float64",
     "steps": "int64",
     "seconds": "float64",
@@ -40,10 +42,13 @@ RESULT_TYPES = {
     "forward_equivalents": "float64",
     "tokens": "int64",
     "peak_memory_bytes": "int64",
+    "skipped": "int64",
+    "reward_errors": "int64",
     "learning_rate_factor": "float64",
     "fitted": "string",
 }
-"""Columns of the tidy table, one row for each finished run."""
+"""Columns of the tidy table, one row for each finished run. `reward` is empty where the objective is none; `loss` is its negative."""
+MEASURES = ("loss", "reward", "metric")
 
 Row = dict[str, Any]
 
@@ -53,7 +58,7 @@ def result_row(summary: dict[str, Any], metric: str | None, **known: Any) -> Row
 
     Args:
         summary: what the run left in `summary.json`.
-        metric: the measure to report beside the loss.
+        metric: the measure to report beside the loss or the reward.
         known: the columns that the summary does not tell (task, budget, arm, seed, learning_rate_factor, fitted).
     """
     shares = summary["estimators"].values()
@@ -61,13 +66,13 @@ def result_row(summary: dict[str, Any], metric: str | None, **known: Any) -> Row
         name: sum(share[name] for share in shares)
         for name in ("forwards", "backwards", "forward_equivalents", "tokens")
     }
+    counts |= {n: sum(s.get("counts", {}).get(n, 0) for s in shares) for n in ("skipped", "reward_errors")}
+    measures = {"loss": "loss", "reward": "reward" if summary.get("goal") == "reward" else None, "metric": metric}
     found = {
         **known,
         **counts,
-        "loss": summary["after"].get("loss"),
-        "metric": summary["after"].get(metric),
-        "loss_before": summary["before"].get("loss"),
-        "metric_before": summary["before"].get(metric),
+        **{column: summary["after"].get(measure) for column, measure in measures.items()},
+        **{f"{column}_before": summary["before"].get(measure) for column, measure in measures.items()},
         **{name: summary[name] for name in ("steps", "seconds", "peak_memory_bytes")},
     }
     return {name: found[name] for name in RESULT_TYPES}
@@ -102,7 +107,7 @@ def summarise(rows: Sequence[Row], arms: Sequence[tuple[str, str, str]], referen
     for (task, budget, arm), own in by_cell.items():
         others = by_cell.get((task, budget, reference), []) if arm != reference else []
         summary: Row = {"task": task, "budget": budget, "arm": arm, "seeds": len(own)}
-        for measure in ("loss", "metric"):
+        for measure in MEASURES:
             summary |= _named(measure, interval(_known(own, measure)))
             summary |= _named(f"{measure}_difference", interval(_paired(own, others, measure)))
         summary |= {name: interval(_known(own, name))[0] for name in COUNTED}
@@ -114,8 +119,8 @@ def summarise(rows: Sequence[Row], arms: Sequence[tuple[str, str, str]], referen
 
 SUMMARY_COLUMNS = (
     *("task", "budget", "arm", "seeds", "failed"),
-    *(f"{m}{part}" for m in ("loss", "metric") for part in ("", "_low", "_high")),
-    *(f"{m}_difference{part}" for m in ("loss", "metric") for part in ("", "_low", "_high")),
+    *(f"{m}{part}" for m in MEASURES for part in ("", "_low", "_high")),
+    *(f"{m}_difference{part}" for m in MEASURES for part in ("", "_low", "_high")),
     *COUNTED,
     *("pareto_memory", "pareto_seconds"),
 )

@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrid_opt.studies.arms import StudyPlan, compact
+from hybrid_opt.studies.goal import compared_by
 
 
 def arms_table(plan: StudyPlan) -> Table:
@@ -38,13 +39,15 @@ def count_line(plan: StudyPlan) -> str:
 
 def result_tables(summaries: Sequence[dict[str, Any]], metric: str | None, reference: str | None) -> Iterator[Table]:
     """For each task and budget: a row an arm, with the mean over seeds and half of its 95 % interval."""
-    measures = {
-        "loss": "loss",
-        **({"loss_difference": "difference"} if reference else {}),
-        **({"metric": metric} if metric else {}),
-    }
     for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in summaries):
-        caption = f"difference: of the loss to {reference}'s on the same seeds" if reference else None
+        rows = [row for row in summaries if (row["task"], row["budget"]) == (task, budget)]
+        goal = compared_by(rows)
+        measures = {
+            goal: goal,
+            **({f"{goal}_difference": "difference"} if reference else {}),
+            **({"metric": metric} if metric not in (None, goal) else {}),
+        }
+        caption = f"difference: of the {goal} to {reference}'s on the same seeds" if reference else None
         table = Table(
             title=f"{task}, {budget}",
             caption=caption,
@@ -55,9 +58,8 @@ def result_tables(summaries: Sequence[dict[str, Any]], metric: str | None, refer
         table.add_column("arm", overflow="fold")
         for name in ("seeds", *measures.values(), "steps", "seconds", "forwards", "backwards", "GB"):
             table.add_column(name, justify="right", overflow="fold")
-        for row in summaries:
-            if (row["task"], row["budget"]) == (task, budget):
-                table.add_row(*_cells(row, measures))
+        for row in rows:
+            table.add_row(*_cells(row, measures))
         yield table
 
 

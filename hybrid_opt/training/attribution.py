@@ -2,7 +2,8 @@
 
 One idea: the loss on a fixed set of probe rows is measured whenever other estimators take over, and the change since the
 last measurement is credited to those who acted in between. Losses of training batches would not do: they differ more
-from batch to batch than a turn changes them.
+from batch to batch than a turn changes them. Where the run's objective is a reward, a fall of the loss is a rise of the reward,
+whatever those who acted minimised themselves.
 """
 
 from collections.abc import Callable

@@ -4,12 +4,15 @@ One idea: each part gives its lines for a width, the table leaves out columns an
 first that say least.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from rich.text import Text
 
+from hybrid_opt.training.goal import shown
 from hybrid_opt.training.run_so_far import Clock, EstimatorSoFar, RunSoFar
 from hybrid_opt.training.sparkline import COLOURS, columns, sparkline, strip
+from hybrid_opt.training.summary import COUNTED
 
 WIDEST = 110
 """Columns that are used at most."""
@@ -20,7 +23,14 @@ VALUE = 10
 SHORTEST_BAR = 12
 """Columns of the bar for which the time that has passed makes room."""
 UNITS = {"seconds": "s", "tokens": "tokens", "forward_equivalents": "forward passes"}
-SHORT = {"gradient_norm": "grad norm", "learning_rate": "lr"}
+SHORT = {
+    "gradient_norm": "grad norm",
+    "learning_rate": "lr",
+    "completion_tokens": "length",
+    "reward_errors": "errors",
+    "tied_pairs": "ties",
+    "examples_left_out": "left out",
+}
 
 
 def dashboard_lines(run: RunSoFar, clock: Clock, now: float, width: int, height: int, colourless=False) -> list[Text]:
@@ -29,18 +39,18 @@ def dashboard_lines(run: RunSoFar, clock: Clock, now: float, width: int, height:
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(run.estimators)}
     parts = {
         "progress": _progress(run, clock, now, width),
-        "loss": _loss(run, width, rows=3 if height >= 20 else 1),
+        "course": _course(run, width, rows=3 if height >= 20 else 1),
         "acting": _acting(run, width, colours, colourless),
         "validation": _validation(run, width),
         "estimators": _estimators(run, width, colours),
         "speed": _speed(run, width),
         "budget": _budget(run),
     }
-    for part in ("budget", "speed", "acting", "estimators", "validation", "loss"):
+    for part in ("budget", "speed", "acting", "estimators", "validation", "course"):
         if sum(map(len, parts.values())) > height:
             parts[part] = []
     spare = height - sum(map(len, parts.values()))
-    order = ("progress", "budget", "acting", "loss", "validation", "estimators", "speed")
+    order = ("progress", "budget", "acting", "course", "validation", "estimators", "speed")
     lines = []
     for part in order:
         if part in ("estimators", "speed") and parts[part] and lines and spare > 0:
@@ -100,18 +110,18 @@ def _acting(run: RunSoFar, width: int, colours: dict[str, str], colourless: bool
     return [_labelled("acting", who, strip(list(run.actors)[-room:], colours, colourless))]
 
 
-def _loss(run: RunSoFar, width: int, rows: int) -> list[Text]:
-    if run.loss is None:
+def _course(run: RunSoFar, width: int, rows: int) -> list[Text]:
+    if run.reached is None:
         return []
     smoothed = f"smoothed {number(run.smoothed)}"
-    points = run.losses.points
-    left = [number(run.loss), smoothed, ""] if rows > 1 else [smoothed]
+    points = run.course.points
+    left = [number(run.reached), smoothed, ""] if rows > 1 else [smoothed]
     scale = max(len(number(value)) for value in (min(points), max(points))) + 1 if rows > 1 else 0
     heights = columns(points, max(width - LABEL - len(smoothed) - 2 - scale, 1))
     right = [number(max(heights)), "", number(min(heights))] if rows > 1 else [""]
     return [
         _labelled(
-            "" if i else "loss",
+            "" if i else run.goal,
             f"{left[i]:<{len(smoothed) + 2}}",
             (bars, "blue"),
             (f" {right[i]}" if right[i] else "", "dim"),
@@ -124,7 +134,7 @@ def _validation(run: RunSoFar, width: int) -> list[Text]:
     if not run.latest:
         return []
     items = []
-    for name, value in run.latest.items():
+    for name, value in shown(run.latest).items():
         items.append(Text(f"{name} {number(value)}"))
         if name in run.first and run.evaluated_at:
             items[-1].append(f" ({value - run.first[name]:+.4f})", "dim")
@@ -161,26 +171,43 @@ def _estimators(run: RunSoFar, width: int, colours: dict[str, str]) -> list[Text
 
 
 def _columns_of(run: RunSoFar) -> dict[str, Cell]:
-    """Titles from left to right, and what stands below them."""
-    statistics = dict.fromkeys(name for e in run.estimators.values() for name in e.statistics)
-    return {
+    """Titles from left to right, and what stands below them. What is counted stands there in total, if there was any."""
+    known = run.estimators.values()
+    statistics = dict.fromkeys(name for e in known for name in e.statistics if name not in COUNTED)
+    cells = {name: _statistic(name) for name in statistics}
+    cells |= {name: _count(name) for name in COUNTED if any(e.totals.counts.get(name) for e in known)}
+    first = {
         "steps": lambda e: f"{e.totals.steps:,}",
         "forwards": lambda e: f"{e.totals.forwards:,}",
         "backwards": lambda e: f"{e.totals.backwards:,}",
         "seconds": lambda e: f"{e.totals.seconds:,.1f}",
         "lr": lambda e: f"{e.learning_rate:.2g}",
-        "loss": lambda e: "" if e.loss is None else number(e.loss),
-        **{SHORT.get(name, name.replace("_", " ")): _statistic(name) for name in statistics},
     }
+    if any(e.loss is not None for e in known):
+        first["loss"] = lambda e: "" if e.loss is None else number(e.loss)
+    return first | {title: cells[name] for name, title in _titles(cells, first).items()}
+
+
+def _titles(names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """Headings of statistics: short ones, where no other column has the same; a reward function's without its module."""
+    titles = {name: SHORT.get(name, name.rpartition(":")[2].replace("_", " ")) for name in names}
+    seen = Counter([*taken, *titles.values()])
+    return {name: title if seen[title] == 1 else name for name, title in titles.items()}
+
+
+def _count(name: str) -> Cell:
+    return lambda e: f"{e.totals.counts[name]:,}" if name in e.totals.counts else ""
 
 
 def _statistic(name: str) -> Cell:
-    return lambda e: f"{e.statistics[name]:.3g}" if name in e.statistics else ""
+    written = number if name == "reward" else "{:.3g}".format
+    return lambda e: written(e.statistics[name]) if name in e.statistics else ""
 
 
 def _fitting(widths: dict[str, int], room: int) -> list[str]:
     """The columns that there is room for; those that say most are chosen first."""
-    ranked = ["steps", "loss", "lr", "snr", "seconds", "cosine", "forwards", "grad norm", "backwards"]
+    ranked = ["steps", "loss", "reward", "lr", "errors", "skipped", "ties", "snr", "seconds", "cosine", "forwards"]
+    ranked += ["grad norm", "backwards"]
     chosen = []
     for title in [title for title in ranked if title in widths] + [title for title in widths if title not in ranked]:
         if widths[title] <= room:

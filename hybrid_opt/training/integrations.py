@@ -19,6 +19,7 @@ from hybrid_opt.training.run_folder import RunFolder
 
 OF_A_STEP = (
     "loss",
+    "reward",
     "loss_spread",
     "tokens",
     "seconds",
@@ -137,7 +138,7 @@ class RunArguments(TrainingArguments):
 
 def step_scalars(row: dict[str, Any]) -> dict[str, float]:
     """The numbers of a line of `metrics.jsonl` by name; those of an estimator begin with its name and a slash."""
-    scalars = {name: row[name] for name in OF_A_STEP}
+    scalars = {name: row.get(name) for name in OF_A_STEP}
     for name, part in row["parts"].items():
         scalars[f"{name}/loss"] = row["losses"][name]
         scalars[f"{name}/weight"] = row["weights"][name]

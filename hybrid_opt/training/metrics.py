@@ -1,5 +1,6 @@
-"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `run_folder.py`."""
+"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `goal.py`, `run_folder.py`."""
 
+from collections.abc import Collection
 from typing import Any
 
 from hybrid_opt.scheduling.signals import Signals
@@ -9,12 +10,21 @@ TOTALS = ("seconds", "tokens", "forward_equivalents")
 """What an evaluation's line says beside its measures: what the steps have taken until then."""
 
 
-def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, dict[str, float]]) -> dict[str, Any]:
+def metrics_row(
+    report: StepReport,
+    peak_memory: int,
+    update_norms: dict[str, dict[str, float]],
+    *,
+    is_reward: bool = False,
+    own: Collection[str] = (),
+) -> dict[str, Any]:
     """The line of a step.
 
     Args:
         peak_memory: most memory used during the step, in bytes.
         update_norms: see `UpdateNorms.after`.
+        is_reward: whether the run's objective is a reward; then the line has `reward`, which is `-loss`.
+        own: estimators with an objective of their own; their parts have `own_objective`.
     """
     costs = report.costs.values()
     spreads = [cost.loss_spread for cost in costs if cost.loss_spread is not None]
@@ -23,6 +33,7 @@ def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, di
         "estimators": list(report.weights),
         "weights": report.weights,
         "loss": report.loss,
+        **({"reward": None if report.loss is None else 0.0 - report.loss} if is_reward else {}),
         "losses": {name: cost.loss for name, cost in report.costs.items()},
         "loss_spread": spreads[0] if spreads else None,
         "learning_rates": report.learning_rates,
@@ -40,6 +51,7 @@ def metrics_row(report: StepReport, peak_memory: int, update_norms: dict[str, di
                 "tokens": cost.tokens,
                 "seconds": report.part_seconds[name],
                 "statistics": dict(cost.statistics),
+                **({"own_objective": True} if name in own else {}),
             }
             for name, cost in report.costs.items()
         },

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
-from hybrid_opt.training.summary import Summary
+from hybrid_opt.training.goal import goal_of, own_losses, shown
+from hybrid_opt.training.summary import Summary, told_counts
 
 
 class Display(Protocol):
@@ -97,7 +98,7 @@ class Displays:
 
 
 class Lines:
-    """Prints about ten lines in a run: step, who acts, loss, learning rates and tokens a second; for files and pipes."""
+    """Prints about ten lines in a run: step, who acts, loss (or reward), learning rates and tokens a second; for files and pipes."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
@@ -127,21 +128,31 @@ class Lines:
 def _status(row: dict[str, Any]) -> str:
     rates = " ".join(f"{rate:.2g}" for rate in row["learning_rates"].values())
     speed = f"  {row['tokens'] / row['seconds']:,.0f} tok/s" if row["tokens"] else ""
-    loss = "" if row["loss"] is None else f"loss {row['loss']:.4f}  "
-    return f"{'+'.join(row['weights']):<12} {loss}lr {rates}{speed}"
+    goal = goal_of(row)
+    reached = [] if row[goal] is None else [f"{goal} {row[goal]:.4f}  "]
+    reached += [f"own {what} {value:.4f}  " for what, value in own_losses(row).values()]
+    return f"{'+'.join(row['weights']):<12} {''.join(reached)}lr {rates}{speed}"
 
 
 def evaluation_line(step: int, measures: dict[str, float]) -> str:
     """`after 16 steps: loss 0.3430, accuracy 0.8400`."""
-    return f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in measures.items())
+    return f"after {step} steps: " + ", ".join(f"{name} {value:.4f}" for name, value in shown(measures).items())
 
 
 def summary_table(summary: Summary) -> Table:
-    """Before and after, then a row for each estimator."""
-    names = list(summary.before) or ["loss"]
+    """Before and after, then a row for each estimator, and below it what was counted."""
+    names = shown(summary.before)
     title = ", ".join(f"{n} {summary.before[n]:.4g} -> {summary.after[n]:.4g}" for n in names if n in summary.after)
-    table = Table(title=f"{summary.steps} steps: {title or 'no validation rows'}", title_justify="left", min_width=60)
-    for column in ("estimator", "steps", "forwards", "backwards", "tokens", "seconds", "loss decrease"):
+    counted = ((name, told_counts(s.steps, s.counts)) for name, s in summary.estimators.items())
+    table = Table(
+        title=f"{summary.steps} steps: {title or 'no validation rows'}",
+        title_justify="left",
+        caption="\n".join(f"{name}: {told}" for name, told in counted if told) or None,
+        caption_justify="left",
+        min_width=60,
+    )
+    gain = "reward gain" if summary.goal == "reward" else "loss decrease"
+    for column in ("estimator", "steps", "forwards", "backwards", "tokens", "seconds", gain):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     for name, s in summary.estimators.items():
         counts = (f"{count:,}" for count in (s.steps, s.forwards, s.backwards, s.tokens))

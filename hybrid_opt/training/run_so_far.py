@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_opt.config.run import Budget
+from hybrid_opt.training.goal import goal_of
 from hybrid_opt.training.summary import Share
 
 POINTS = 512
@@ -16,7 +17,7 @@ POINTS = 512
 LATELY = 400
 """Steps of which it is kept who acted."""
 SMOOTHING = 0.9
-"""How much of the smoothed loss stays in a step."""
+"""How much of the smoothed value stays in a step."""
 
 
 class Curve:
@@ -44,6 +45,7 @@ class EstimatorSoFar:
     totals: Share = field(default_factory=Share)
     learning_rate: float = 0.0
     loss: float | None = None
+    """Not of an estimator that maximises a reward; that is among its statistics."""
     statistics: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,8 +60,9 @@ class RunSoFar:
         ((self.currency, self.limit),) = (budget.model_dump(exclude_none=True) if budget else {"": 0}).items()
         self.step, self.steps, self.done = 0, None, 0.0
         self.spent = 0.0
-        self.losses = Curve()
-        self.loss: float | None = None
+        self.goal = "loss"
+        self.course = Curve()
+        self.reached: float | None = None
         self.smoothing, self.left = 0.0, 1.0
         self.actors: deque[tuple[str, ...]] = deque(maxlen=LATELY)
         self.estimators: dict[str, EstimatorSoFar] = {}
@@ -72,8 +75,9 @@ class RunSoFar:
     def add(self, row: Mapping[str, Any]) -> None:
         """A line of `metrics.jsonl`."""
         self.step = row["step"] + 1
-        if row["loss"] is not None:  # otherwise nothing was evaluated
-            self._add_loss(row["loss"])
+        self.goal = goal_of(row)
+        if (value := row[self.goal]) is not None:  # otherwise it was not evaluated
+            self._add_value(value)
         self.actors.append(tuple(row["weights"]))
         self.recent.append((row["tokens"], row["seconds"]))
         self.peak_memory = max(self.peak_memory, row["peak_memory_bytes"])
@@ -81,16 +85,17 @@ class RunSoFar:
         for name, part in row["parts"].items():
             self._add_part(name, part, row)
 
-    def _add_loss(self, loss: float) -> None:
-        self.loss = loss
-        self.losses.add(loss)
-        self.smoothing = SMOOTHING * self.smoothing + (1 - SMOOTHING) * loss
+    def _add_value(self, value: float) -> None:
+        self.reached = value
+        self.course.add(value)
+        self.smoothing = SMOOTHING * self.smoothing + (1 - SMOOTHING) * value
         self.left *= SMOOTHING
 
     def _add_part(self, name: str, part: Mapping[str, Any], row: Mapping[str, Any]) -> None:
         known = self.estimators.setdefault(name, EstimatorSoFar())
         known.totals.add(part)
-        known.learning_rate, known.loss = row["learning_rates"][name], row["losses"][name]
+        known.learning_rate = row["learning_rates"][name]
+        known.loss = None if "reward" in part["statistics"] else row["losses"][name]
         known.statistics |= part["statistics"]
 
     def add_evaluation(self, step: int, measures: Mapping[str, float]) -> None:
@@ -100,7 +105,7 @@ class RunSoFar:
 
     @property
     def smoothed(self) -> float:
-        """Running mean of the loss, without the zero that it started from."""
+        """Running mean of the loss or reward, without the zero that it started from."""
         return self.smoothing / (1 - self.left)
 
     @property

@@ -4,6 +4,37 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+COUNTED = ("skipped", "tied_pairs", "reward_errors", "examples_left_out")
+"""Statistics of an estimate that are numbers of things, so that their sum over steps says something: steps that were skipped because
+all members were equally good, antithetic pairs that were, rewards that went wrong, and examples that told nothing."""
+
+TOLD = {
+    "skipped": ("step", "skipped, as all members were equally good"),
+    "tied_pairs": ("pair", "tied"),
+    "reward_errors": ("reward", "that went wrong"),
+    "examples_left_out": ("example", "left out, as all members agreed"),
+}
+
+
+def counts_of(parts: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Sums of what was counted over an estimator's parts in steps; what no part counts is not there."""
+    counts: dict[str, int] = {}
+    for statistics in (part.get("statistics") or {} for part in parts):
+        for name in COUNTED:
+            if name in statistics:
+                counts[name] = counts.get(name, 0) + int(statistics[name])
+    return counts
+
+
+def told_counts(steps: int, counts: Mapping[str, int]) -> str:
+    """What was counted in an estimator's steps, in words: `1 of 12 steps skipped, ...; 11 pairs tied`; nothing of what never was."""
+    told = []
+    for name in (name for name in COUNTED if counts.get(name)):
+        (thing, what), number = TOLD[name], counts[name]
+        of = f"{number:,} of {steps:,} {thing}s" if name == "skipped" else f"{number:,} {thing}{'s' * (number != 1)}"
+        told.append(f"{of} {what}")
+    return "; ".join(told)
+
 
 @dataclass
 class Share:
@@ -22,7 +53,10 @@ class Share:
     seconds: float = 0.0
     """Time of its estimates; what a step takes otherwise is split evenly among those who act in it."""
     loss_decrease: float | None = None
-    """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed."""
+    """Fall of the probe loss over the turns in which it acted alone; None if it never did, or nothing was probed. Where the run's
+    objective is a reward, this is the reward's rise."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Sums over its steps of what its estimates count (see `COUNTED`); what was never counted is not there."""
 
     def add(self, part: Mapping[str, Any]) -> None:
         """One more step, of which this was its part (`parts` in a line of `metrics.jsonl`)."""
@@ -32,6 +66,8 @@ class Share:
         self.forward_equivalents += part["forward_equivalents"]
         self.tokens += part["tokens"]
         self.seconds += part["seconds"]
+        for name, count in counts_of([part]).items():
+            self.counts[name] = self.counts.get(name, 0) + count
 
 
 @dataclass
@@ -43,6 +79,8 @@ class Summary:
     """Measures on the validation rows before the first step; empty without validation."""
     after: dict[str, float]
     """The same after the last step."""
+    goal: str = "loss"
+    """`reward` where the run's objective is one, whose negative is the loss."""
     estimators: dict[str, Share] = field(default_factory=dict)
     """Each estimator's part."""
     shared_loss_decrease: dict[str, float] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
-from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
@@ -126,6 +126,7 @@ class Trainer:
         self.own_batches = {name: as_batches(batches) for name, (_, batches) in own.items()}
         self.steps, self.budget = steps, budget
         self.evaluate_every, self.checkpoint_every, self.saves_model = evaluate_every, checkpoint_every, saves_model
+        self.is_reward = isinstance(self.optimizer.objective, Generates)
         self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
@@ -198,7 +199,8 @@ class Trainer:
         own = {name: self.own_batches[name].batch_at(step) for name in acting if name in self.own_batches}
         batch = None if own.keys() >= set(acting) else self.batches.batch_at(step)
         report = self.optimizer.step(batch, own)
-        row = metrics_row(report, peak_memory_bytes(device), self.update_norms.after())
+        norms, own = self.update_norms.after(), self.optimizer.objectives
+        row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
         self.metrics.append(row)
         if self.records:
             self.folder.append(self.folder.metrics, row)
@@ -254,6 +256,7 @@ class Trainer:
         decrease = self.attribution.decrease
         return Summary(
             steps=self.optimizer.signals.step,
+            goal="reward" if self.is_reward else "loss",
             before=self.before,
             after=after,
             estimators=shares_of(self.metrics, decrease),

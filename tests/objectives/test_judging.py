@@ -55,7 +55,7 @@ def test_weighted_rewards_are_added():
 def test_one_function_may_judge_twice():
     judges = [Judge("exact", partial(exact, answer=list(which))) for which in ("abc", ["x", "bb", "ccc"])]
     verdict = Judges(judges).judge(PROMPTS, COMPLETIONS, [[]] * 3, {})
-    assert verdict.rewards == {"exact": [1.0, 0.0, 0.0], "exact_2": [0.0, 1.0, 1.0]}
+    assert verdict.rewards == {"exact": [1.0, 0.0, 0.0], "exact 2": [0.0, 1.0, 1.0]}
     assert verdict.totals == [1.0, 1.0, 1.0]
 
 
@@ -223,3 +223,14 @@ def test_the_limit_returns_and_raises_as_the_call_does():
     with pytest.raises(KeyboardInterrupt):
         call_within(5, lambda: exec("raise KeyboardInterrupt"))
     time.sleep(0.05)  # no alarm is left behind
+
+
+def test_judges_of_one_name_keep_their_own_rewards_and_none_takes_a_measures_name():
+    def constant(value):
+        return lambda completions: [value] * len(completions)
+
+    judges = Judges([Judge("fits", constant(1.0)), Judge("fits", constant(5.0), 2.0), Judge("reward", constant(0.5))])
+    verdict = judges.judge(["p"], ["c"], [[1]], {})
+    assert verdict.rewards == {"fits": [1.0], "fits 2": [5.0], "reward 2": [0.5]}
+    assert verdict.totals == [11.5]
+    assert [judge.name for judge in Judges([Judge("reward", constant(0.5))]).judges] == ["reward"]

@@ -1,5 +1,6 @@
 """Run and study folders with known numbers, written by hand, for tests of reports."""
 
+import copy
 import csv
 import json
 import math
@@ -126,6 +127,39 @@ def age(folder: Path) -> None:
         jsonl(folder / name, rows)
 
 
+def reward(folder: Path) -> Path:
+    """Make a run's accuracy its reward, and what backprop minimises an objective of its own."""
+    for path, change in (("metrics.jsonl", _rewarded_step), ("evaluations.jsonl", _rewarded)):
+        rows = [json.loads(line) for line in (folder / path).read_text().splitlines()]
+        jsonl(folder / path, [change(row) for row in rows])
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"goal": "reward", **{when: _rewarded(summary[when]) for when in ("before", "after")}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def _rewarded(measures: dict) -> dict:
+    return {**measures, "loss": -measures["accuracy"], "reward": measures["accuracy"], "finished": 0.5}
+
+
+def _rewarded_step(row: dict) -> dict:
+    parts = copy.deepcopy(row["parts"])
+    if "backprop" in parts:
+        parts["backprop"]["own_objective"] = True
+    own = {
+        "reward": 0.25,
+        "skipped": 0,
+        "tied_pairs": 2,
+        "completion_tokens": 7.5,
+        "finished": 0.5,
+        "reward_errors": 0.0,
+    }
+    parts.get("es", {"statistics": {}})["statistics"].update(own)
+    acts = "es" in parts
+    losses = {name: -0.25 if name == "es" else loss for name, loss in row["losses"].items()}
+    return {**row, "loss": -0.25 if acts else None, "reward": 0.25 if acts else None, "losses": losses, "parts": parts}
+
+
 # ---------------------------------------------------------------- a study
 
 ARMS = ("backprop", "es 0.5", "blend", "alternate")
@@ -133,9 +167,14 @@ ACTORS = {"backprop": lambda n: ("backprop",), "es 0.5": lambda n: ("es",), "ble
 
 
 def write_study(
-    folder: Path, arms=ARMS, seeds=(0, 1, 2), tasks=("spam",), budgets=("60 seconds",), status=lambda arm, seed: "finished", steps=16, layers=LAYERS
+    folder: Path, arms=ARMS, seeds=(0, 1, 2), tasks=("spam",), budgets=("60 seconds",), status=lambda arm, seed: "finished", steps=16, layers=LAYERS,
+    change=lambda run: run,
 ) -> Path:  # fmt: skip
-    """A study whose first arm is the reference. The last arm differs from it by chance only, the others are worse."""
+    """A study whose first arm is the reference. The last arm differs from it by chance only, the others are worse.
+
+    Args:
+        change: what is done to each run (`reward`).
+    """
     folder.mkdir(parents=True)
     runs, results = [], []
     cells = ((t, b, a, s) for t in tasks for b in budgets for a in arms for s in seeds)
@@ -149,7 +188,7 @@ def write_study(
         if state == "waiting":
             continue
         level = 1.6 + 0.1 * place_of(arms, arm) + 0.02 * seed * (1 + arms.index(arm) % 3)
-        write_run(folder / place, steps, ACTORS.get(arm, turns), level, layers=layers)
+        change(write_run(folder / place, steps, ACTORS.get(arm, turns), level, layers=layers))
         if state == "finished":
             results.append(result(task, budget, arm, seed, level, folder / place))
     index = {
@@ -182,10 +221,14 @@ def result(task: str, budget: str, arm: str, seed: int, level: float, run: Path)
     costs = {name: sum(row[name] for row in rows) for name in COSTS[1:-1]}
     costs |= {"steps": len(rows), "peak_memory_bytes": max(row["peak_memory_bytes"] for row in rows)}
     after, before = summary["after"], summary["before"]
-    return {
-        "task": task, "budget": budget, "arm": arm, "seed": seed, "loss": after["loss"], "metric": after["accuracy"],
-        "loss_before": before["loss"], "metric_before": before["accuracy"], **costs, "learning_rate_factor": 1.0, "fitted": "",
-    }  # fmt: skip
+    known = {"task": task, "budget": budget, "arm": arm, "seed": seed}
+    measures = {
+        f"{name}{when}": values.get("accuracy" if name == "metric" else name)
+        for when, values in (("", after), ("_before", before))
+        for name in ("loss", "reward", "metric")
+    }
+    counts = {"skipped": seed if "reward" in after else 0, "reward_errors": 0}
+    return {**known, **measures, **costs, **counts, "learning_rate_factor": 1.0, "fitted": ""}
 
 
 COSTS = ("steps", "seconds", "forwards", "backwards", "forward_equivalents", "tokens", "peak_memory_bytes")

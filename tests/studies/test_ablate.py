@@ -14,10 +14,12 @@ import yaml
 
 from hybrid_opt import UserError, build, load_run
 from hybrid_opt.config import load_study
+from hybrid_opt.reports.writing import write_report
 from hybrid_opt.studies.ablate import Ablation
 from hybrid_opt.studies.arms import StudyPlan
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, run_document
+from tests.training.test_objectives import REWARD
 
 ES = {"type": "es", "population_size": 6, "sigma": 0.01, "learning_rate": 1e-4, "fitness_shaping": "none"}
 BOTH = {"es": ES, "backprop": {"type": "backprop", "learning_rate": 1e-3}}
@@ -157,6 +159,25 @@ def test_memory_is_fitted_by_the_first_rung_that_suffices(tmp_path):
     assert failed["error"] == f"does not fit into 0.001 GB: needs {min(peaks) / 1e9:.3g} GB at the least"
     (row,) = rows_of(tmp_path / "study")
     assert row["fitted"] == ""
+
+
+def test_a_study_of_a_reward_is_compared_by_it(tmp_path):
+    path = write_study(tmp_path, baselines=["lora"], reference="lora", processes=2)
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    rewards = {**REWARD["objective"], "rewards": [{"function": "exact_match"}]}
+    base |= {**REWARD, "objective": rewards, "training": {**REWARD["training"], "probe_rows": 0}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base, sort_keys=False))
+    complete, said = run_study(path)
+    assert complete
+    index, rows = index_of(tmp_path / "study"), rows_of(tmp_path / "study")
+    assert [run["status"] for run in index["runs"]] == ["finished"] * 2
+    assert index["metric"] is None  # one function's mean is the reward
+    assert [row["arm"] for row in rows] == ["base", "lora"]
+    assert all(float(row["reward"]) == -float(row["loss"]) for row in rows)
+    assert all("loss" not in line for line in said)
+    document = json.loads(write_report(tmp_path / "study", "json").read_text())
+    (arms,) = document["sections"][0]["tables"]
+    assert [column["title"] for column in arms["columns"]][2:4] == ["reward", "reward against lora"]
 
 
 def ablate(path, *arguments):

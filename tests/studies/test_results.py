@@ -6,8 +6,10 @@ import pyarrow.parquet
 import pytest
 
 from hybrid_opt.config.study import LearningRateGrid, LearningRateSampling
+from hybrid_opt.studies.goal import compared_by
 from hybrid_opt.studies.results import RESULT_TYPES, interval, result_row, summarise, write_results
 from hybrid_opt.studies.search import search_factor
+from hybrid_opt.studies.study_table import result_tables
 
 RUN = {
     "steps": 3,
@@ -37,8 +39,8 @@ def test_the_row_of_a_run_adds_its_estimators_up(tmp_path):
     known = {"task": "t", "budget": "b", "arm": "a", "seed": 0, "learning_rate_factor": 0.3, "fitted": "x: 1"}
     found = result_row(RUN, "accuracy", **known)
     assert found == {
-        **known, "loss": 1.0, "metric": 0.75, "loss_before": 2.0, "metric_before": 0.5, "steps": 3, "seconds": 1.5, "forwards": 10,
-        "backwards": 2, "forward_equivalents": 10.0, "tokens": 150, "peak_memory_bytes": 700,
+        **known, "loss": 1.0, "reward": None, "metric": 0.75, "loss_before": 2.0, "reward_before": None, "metric_before": 0.5, "steps": 3, "seconds": 1.5, "forwards": 10,
+        "backwards": 2, "forward_equivalents": 10.0, "tokens": 150, "peak_memory_bytes": 700, "skipped": 0, "reward_errors": 0,
     }  # fmt: skip
     assert result_row(RUN, None, **known)["metric"] is None
     write_results([found, {**found, "metric": None}], tmp_path)
@@ -118,3 +120,45 @@ def test_optuna_finds_the_minimum_and_asks_the_same_again():
     first, asked[:] = list(asked), []
     assert search_factor(search, loss) == best
     assert asked == first
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def rewarded(arm, seed, reward, *, goal="reward"):
+    """A finished run's row whose loss is the reward's negative."""
+    known = {"task": "t", "budget": "b", "arm": arm, "seed": seed, "learning_rate_factor": 1.0, "fitted": ""}
+    estimators = {**RUN["estimators"], "es": {**RUN["estimators"]["es"], "counts": {"skipped": 2, "reward_errors": 1}}}
+    measures = {"loss": -reward, "reward": reward, "fits": 2 * reward}
+    return result_row({**RUN, "goal": goal, "estimators": estimators, "after": measures}, "fits", **known)
+
+
+def test_a_reward_has_columns_of_its_own():
+    row = rewarded("a", 0, 0.75)
+    assert (row["loss"], row["reward"], row["metric"], row["reward_before"]) == (-0.75, 0.75, 1.5, None)
+    assert (row["skipped"], row["reward_errors"]) == (2, 1)
+    assert rewarded("a", 0, 0.75, goal="loss")["reward"] is None  # a measure of that name that is not the goal
+
+
+def test_arms_with_rewards_are_compared_by_them():
+    rows = [rewarded("a", 0, 0.25), rewarded("a", 1, 0.5), rewarded("ref", 0, 0.5), rewarded("ref", 1, 1.0)]
+    found = summarise(rows, cells("a", "ref", "none"), "ref")
+    a, ref, _ = found
+    assert (a["reward"], a["reward_difference"], a["loss_difference"]) == (0.375, -0.375, 0.375)
+    assert a["reward_difference_high"] == -a["loss_difference_low"]
+    assert ref["pareto_memory"]
+    assert not a["pareto_memory"]
+    assert compared_by(found) == "reward"
+    assert compared_by(summarise([*rows, row("none", 0, 1.0)], cells("a", "ref", "none"), "ref")) == "loss"
+    assert compared_by(found[2:]) == "loss"  # nothing is known yet
+
+
+def test_the_terminal_shows_the_reward_and_not_its_negative():
+    rows = [rewarded("a", 0, 0.25), rewarded("ref", 0, 0.5)]
+    found = [{**summary, "failed": 0} for summary in summarise(rows, cells("a", "ref"), "ref")]
+    (table,) = result_tables(found, "fits", "ref")
+    assert [column.header for column in table.columns][:5] == ["arm", "seeds", "reward", "difference", "fits"]
+    assert [next(iter(column.cells)) for column in table.columns][:5] == ["a", "1", "0.250", "-0.250", "0.500"]
+    assert table.caption == "difference: of the reward to ref's on the same seeds"
+    (alone,) = result_tables(found, "reward", None)
+    assert [column.header for column in alone.columns][:4] == ["arm", "seeds", "reward", "steps"]

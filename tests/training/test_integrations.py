@@ -51,7 +51,7 @@ def train(path, *overrides, **options):
 def die_in(trainer: Trainer, step: int, stop) -> None:
     """Call `stop` when the trainer asks for a step."""
     take_step = trainer.optimizer.step
-    trainer.optimizer.step = lambda batch: stop() if trainer.optimizer.signals.step == step else take_step(batch)
+    trainer.optimizer.step = lambda *batches: stop() if trainer.optimizer.signals.step == step else take_step(*batches)
 
 
 def lines(path):
