@@ -183,14 +183,20 @@ def bench(
     members: Annotated[list[int], typer.Option(help="Population size; repeatable.")] = (32,),
     batch: Annotated[list[int], typer.Option(help="Examples that each member sees; repeatable.")] = (1,),
     tokens: Annotated[list[int], typer.Option(help="Tokens of an example; repeatable.")] = (32,),
+    new_tokens: Annotated[list[int], typer.Option(help="Tokens written in rows with generate; repeatable.")] = (16,),
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16 or float16; repeatable.")] = ("float32",),
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rows: Annotated[
-        Optional[list[str]], typer.Option(help="Only this row, beside inference; repeatable.", show_default=False)
+        Optional[list[str]],
+        typer.Option(
+            help="Only this row, beside the one that it is compared with; repeatable. Rewards of what members write are measured "
+            "when named: es_generate, es_generate_shared, es_generate_common.",
+            show_default=False,
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps of each row, in turns.")] = 5,
     members_per_forward: Annotated[
-        Optional[int], typer.Option(help="Of es_low_rank; left out: its own choice.", show_default=False)
+        Optional[int], typer.Option(help="Of low rank ES; left out: its own choice.", show_default=False)
     ] = None,
     master_weights: Annotated[
         Optional[str], typer.Option(help="As in a run file's section engine.", show_default=False)
@@ -210,6 +216,7 @@ def bench(
     cases = bench_plan.plan_cases(
         model, dtype, members, batch, tokens,
         device=device, members_per_forward=members_per_forward, master_weights=master_weights,
+        new_tokens=new_tokens,
     )  # fmt: skip
     names, notes = bench_plan.plan_rows(rows or ())
     bench_plan.check_repeats(repeats)
@@ -224,7 +231,7 @@ def bench(
     from hybrid_opt.studies.bench_table import StatusLine, case_table, distributed_table, header_of, remarks
 
     console, found = Console(width=None if sys.stdout.isatty() else 110), []  # a pipe has no width of its own
-    for case in ready_cases(cases):
+    for case in ready_cases(cases, () if distributed else names):
         with StatusLine() as status:
             if distributed:
                 measured = measure_distributed(case, ranks, repeats=repeats, memory=memory, say=status.show)

@@ -15,6 +15,7 @@ from hybrid_opt import build, load_run, load_schedule
 from hybrid_opt.checking import policy_tables, timeline
 from hybrid_opt.config import load_study, recipes
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.objectives.checking import check_data
 from hybrid_opt.studies.arms import StudyPlan
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT
@@ -74,6 +75,16 @@ def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
         output = python("examples/ea4llm.py", "--start", start, "--steps", "5", "--samples", "8", "--rows", "16")
         before, after = (float(word) for word in output.splitlines()[-1].split() if word.replace(".", "").isdigit())
         assert after < before, output
+
+
+def test_the_sums_are_a_run_and_a_study():
+    folder = ROOT / "examples/sums"
+    run = load_run(folder / "run.yaml")
+    check_data(run)
+    assert run.objective.type == "reward"
+    assert run.objective_of("backprop").type == "causal_lm"
+    plan = StudyPlan(load_study(folder / "study.yaml"), folder / "study.yaml")
+    assert [arm.name for arm in plan.arms] == ["hybrid", "supervised", "supervised, rate 1e-5", "es"]
 
 
 def test_the_shipped_study_asks_what_the_readme_says():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, Shard, is_spread
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.rehearsal import rehearse
@@ -70,8 +70,7 @@ class DensePerturbation:
 
         if examples is None:
             return one_by_one(losses_of, len(members))
-        row = bytes_per_example + row_bytes(objective, engine.model, batch)
-        return self.forward_size.evaluate(losses_of, batch, examples, 1, row, engine, most=1)
+        return self.forward_size.evaluate(losses_of, objective, batch, examples, 1, bytes_per_example, engine, most=1)
 
     @contextmanager
     def perturbed(
@@ -123,7 +122,7 @@ class DensePerturbation:
     ) -> tuple[frozenset[str], int]:
         key = (engine.model, frozenset(parameters))
         if key not in self._outside:
-            found = rehearse(engine, getattr(objective, "rehearsal", objective), batch, parameters)
+            found = rehearse(engine, objective, batch, parameters)
             self._outside[key] = (found.outside, found.bytes_per_example)
         return self._outside[key]
 

@@ -27,7 +27,7 @@ from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member, Perturbation
 from hybrid_opt.estimators.population import PopulationWatch
 from hybrid_opt.estimators.shaping import FITNESS_SHAPING
-from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
+from hybrid_opt.objectives.contract import Generates, Objective, Tally, count_examples, count_tokens, select
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,17 @@ class EsEstimator:
         """
         members = self._members(key)
         examples = self._examples(batch, key, len(members))
-        batch = objective.seeded(batch, key) if hasattr(objective, "seeded") else batch
+        generates = isinstance(objective, Generates)
+        batch = objective.seeded(batch, key) if generates else batch
         with training_mode(engine.model, False):
             losses = self._evaluate(engine, objective, batch, names, members, examples)
-        losses = worst_for_missing(losses) if getattr(objective, "may_miss", False) else losses
+        losses = worst_for_missing(losses) if generates else losses
         means = losses.mean(dim=1)
         self._check(means)
         found = fitness(losses, examples, self.config.group_baseline)
         weights = FITNESS_SHAPING[self.config.fitness_shaping](found.values)
         estimate = NoiseSum(self.perturbation, [m.key for m in members], self._coefficients(members, weights))
-        seen, written = observed(objective, engine.ranks)
+        seen, written = observed(objective.tally, engine.ranks) if generates else ({}, 0)
         cost = Cost(
             loss=means.mean().item(),
             forwards=len(members),
@@ -99,7 +100,7 @@ class EsEstimator:
         return _merge_pairs(estimate) if self.config.antithetic else estimate, cost
 
     def _statistics(self, found: Fitness, objective: Objective, losses: Tensor) -> dict[str, float]:
-        statistics = {"reward": 0.0 - losses.mean().item()} if getattr(objective, "is_reward", False) else {}
+        statistics = {"reward": 0.0 - losses.mean().item()} if isinstance(objective, Generates) else {}
         if found.is_flat or not objective.differentiable:
             statistics["skipped"] = int(found.is_flat)
         if self.config.group_baseline == "standardize":
@@ -174,11 +175,9 @@ class EsEstimator:
             )
 
 
-def observed(objective: Objective, ranks: Ranks) -> tuple[dict[str, float], int]:
+def observed(tally: Tally, ranks: Ranks) -> tuple[dict[str, float], int]:
     """What an objective that generates has seen since it was last asked, as means over all ranks, and the tokens written."""
-    if not hasattr(objective, "tally"):
-        return {}, 0
-    seen = objective.tally.take()
+    seen = tally.take()
     sums = ranks.gather(torch.tensor(list(seen.values()), dtype=torch.float64)).sum(dim=0).tolist()
     totals = {name: total for name, (total, _) in zip(seen, sums, strict=True)}
     means = {name: total / max(1, count) for name, (total, count) in zip(seen, sums, strict=True)}

@@ -12,11 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.memory import free_memory_bytes
-from hybrid_opt.objectives.contract import Objective, count_elements
+from hybrid_opt.objectives.contract import Generates, Objective, count_elements
 
 EFFICIENT = {"cpu": 1024, "cuda": 32768}
 """Tokens (elements of the largest tensor of a batch) in a forward pass from which on more make it no faster."""
@@ -47,6 +47,7 @@ class ForwardSize:
     def evaluate(
         self,
         losses_of: Callable[[Piece], Tensor],
+        objective: Objective,
         batch: Any,
         examples: Tensor,
         members_per_direction: int,
@@ -58,12 +59,17 @@ class ForwardSize:
 
         Args:
             losses_of: losses of a piece, (its members, its examples).
+            objective: what they are losses of.
             batch: the batch that examples are taken from.
             examples: numbers of the examples that each member sees, (members, k).
             members_per_direction: members that share noise; they are not parted where several directions fit.
             most: most members in a piece.
         """
-        rows = self._rows(batch, bytes_per_example, engine)
+        elements = count_elements(batch)
+        if isinstance(objective, Generates):
+            elements = objective.row_elements
+            bytes_per_example += objective.row_bytes(engine.model, batch)
+        rows = self._rows(max(1, elements), bytes_per_example, engine)
         todo = self._pieces(*examples.shape, members_per_direction, rows, most)
         losses = torch.empty(examples.shape, device=engine.device)
         while todo:
@@ -77,9 +83,8 @@ class ForwardSize:
                 self._remember(_size(halves[0]))
         return losses
 
-    def _rows(self, batch: Any, bytes_per_example: int, engine: Engine) -> int:
+    def _rows(self, elements: int, bytes_per_example: int, engine: Engine) -> int:
         """Rows in a forward pass if nothing is prescribed; the same on all ranks where they run the model together."""
-        elements = max(1, count_elements(batch))
         efficient = math.ceil(EFFICIENT.get(engine.device.type, EFFICIENT["cuda"]) / elements)
         sharing = engine.ranks.on_this_machine if engine.device.type == "cpu" else 1
         fits = int(SHARE_OF_FREE_MEMORY * free_memory_bytes(engine.device)) // sharing // max(1, bytes_per_example)
@@ -112,11 +117,6 @@ class ForwardSize:
         self._fits = min(rows, self._fits or rows)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def row_bytes(objective: Objective, model: nn.Module, batch: Any) -> int:
-    """Memory that a row takes beside a pass's own activations: what an objective keeps of it from one pass to the next."""
-    return objective.row_bytes(model, batch) if hasattr(objective, "row_bytes") else 0
 
 
 def one_by_one(losses_of: Callable[[Piece], Tensor], members: int) -> Tensor:

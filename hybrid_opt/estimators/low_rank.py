@@ -20,7 +20,7 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.drawn_noise import DrawnNoise
 from hybrid_opt.estimators.factors import Factors
-from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one, row_bytes
+from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.member_hooks import MemberHooks, why_not
 from hybrid_opt.estimators.noise import Key, gaussian
@@ -120,10 +120,11 @@ class LowRankPerturbation:
             return one_by_one(losses_of, len(members))
         return self.forward_size.evaluate(
             losses_of,
+            objective,
             batch,
             examples,
             _members_per_direction(members),
-            forms.found.bytes_per_example + row_bytes(objective, engine.model, batch),
+            forms.found.bytes_per_example,
             engine,
             most=1 if forms.dense else None,
         )
@@ -227,7 +228,7 @@ class LowRankPerturbation:
         key = (engine.model, frozenset(names))
         if key not in self._forms:
             parameters = {name: p for name, p in engine.parameters.items() if name in key[1]}
-            found = rehearse(engine, getattr(objective, "rehearsal", objective), batch, parameters)
+            found = rehearse(engine, objective, batch, parameters)
             reasons = _found_reasons(found) | why_not(engine.model, parameters)
             if reasons and self.otherwise == "refuse":
                 raise UserError(refusal(*next(iter(reasons.items()))))

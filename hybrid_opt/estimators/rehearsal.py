@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from hybrid_opt.engines.contract import Engine, is_spread
 from hybrid_opt.estimators.factors import is_same
 from hybrid_opt.estimators.swapping import owners_of, while_running
-from hybrid_opt.objectives.contract import Objective, count_examples, select
+from hybrid_opt.objectives.contract import Generates, Objective, count_examples, select
 
 ORDER = {1: [0, 0], 2: [0, 1, 1, 0]}
 """One or two examples twice over; in another order than before, so that equally many rows do not pass for equal ones."""
@@ -46,6 +46,7 @@ class Rehearsal:
 
 def rehearse(engine: Engine, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Rehearsal:
     """Evaluate the losses of one or two examples, and of the same ones twice over, at the model's own weights."""
+    objective = objective.rehearsal() if isinstance(objective, Generates) else objective
     (once, again, twice), examples = _runs(engine, objective, batch, parameters)
     fixed: dict[str, int] = {}
     scattered: dict[str, int] = {}

@@ -7,12 +7,13 @@ members in one forward pass and tells the members' losses apart afterwards.
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.noise import Key
 
 
 class Objective(Protocol):
@@ -20,10 +21,6 @@ class Objective(Protocol):
 
     differentiable: bool
     """Whether `losses` can be backpropagated through."""
-    # An objective that generates may have more (see `RewardObjective`): `may_miss`, whether NaN among its losses means that an
-    # example could not be judged; `seeded(batch, key)`, for randomness of its own; `rehearsal`, an objective with the same forward
-    # passes and nothing else; `row_bytes(model, batch)`, memory that it keeps for a row; `tally`, what it has seen; `is_reward`, whether its losses are negative
-    # rewards, and nothing else, so that people are shown the reward.
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss of each example at the model's current weights: (examples,), floating point."""
@@ -31,6 +28,39 @@ class Objective(Protocol):
 
     def measures(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """What an evaluation reports, each (examples,): at least `loss`; means over examples are shown."""
+        ...
+
+
+@runtime_checkable
+class Generates(Objective, Protocol):
+    """An objective for which the model writes, and whose losses are negative rewards, so that people are shown the reward.
+
+    NaN among its losses means that an example could not be judged.
+    """
+
+    row_elements: int
+    """Tokens of a row in most of its forward passes."""
+    tally: "Tally"
+    """What it has seen."""
+
+    def seeded(self, batch: Any, key: Key) -> Any:
+        """The batch with what its randomness follows from, for each example, so that members have their luck in common."""
+        ...
+
+    def rehearsal(self) -> Objective:
+        """An objective with the same kind of forward passes, of which nobody is the judge."""
+        ...
+
+    def row_bytes(self, model: nn.Module, batch: Any) -> int:
+        """Memory that it keeps for a row from one forward pass to the next."""
+        ...
+
+
+class Tally(Protocol):
+    """Sums and counts of what an objective has seen since somebody last asked."""
+
+    def take(self) -> dict[str, tuple[float, int]]:
+        """Name -> sum and count, from now on anew; the names are always the same."""
         ...
 
 

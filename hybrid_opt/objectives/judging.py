@@ -1,4 +1,4 @@
-"""Calling reward functions: somebody else's code, which may raise, hang or return nonsense. Next: `reward.py`.
+"""Calling reward functions: somebody else's code, which may raise, hang or return nonsense. Next: `time_limit.py`.
 
 One idea: whatever a function does, each completion gets a reward or none, and none is counted. A function has TRL's signature,
 `def reward(prompts, completions, **columns) -> list[float | None]`, sync or async; None says that it has nothing to say of a completion.

@@ -25,7 +25,7 @@ from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, RewardCall, 
 from hybrid_opt.objectives.language_model import left_padded, pad_token
 from hybrid_opt.rollouts.contract import Completions, Rollout
 from hybrid_opt.rollouts.decoding import Decoding
-from hybrid_opt.rollouts.prefill import cache_bytes
+from hybrid_opt.rollouts.prefill import Prefill, cache_bytes
 from hybrid_opt.rollouts.vllm import VllmRollout
 from hybrid_opt.tasks.scorers import needed_columns, scorer
 
@@ -45,8 +45,7 @@ class RewardObjective:
     """
 
     differentiable = False
-    may_miss = True
-    is_reward = True
+    row_elements = 1
 
     def __init__(
         self,
@@ -85,20 +84,20 @@ class RewardObjective:
         }
 
     def seeded(self, batch: dict[str, Any], key: Key) -> dict[str, Any]:
-        """The batch with a seed for each example's random numbers in generation."""
+        """See `Generates.seeded`: with `seeds` (examples,) int64."""
         seeds = [key.fold(i).seed() for i in range(len(batch["input_ids"]))]
         return {**batch, "seeds": torch.tensor(seeds)}
 
     def row_bytes(self, model: nn.Module, batch: dict[str, Any]) -> int:
-        """What a row holds from one token to the next: its keys and values, when it is at its longest."""
+        """See `Generates.row_bytes`: a row's keys and values, when it is at its longest."""
         if not isinstance(self.rollout, Decoding):
             return 0
         return cache_bytes(model, batch["input_ids"].shape[1] + self.generation.max_new_tokens)
 
-    @property
     def rehearsal(self) -> "_OnePass":
-        """An objective with the same kind of forward passes, of which nobody is the judge."""
-        return _OnePass(Decoding(self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()}), self.tokenizer))
+        """See `Generates.rehearsal`: two tokens."""
+        config = self.generation.model_copy(update={"max_new_tokens": 2, "stop": ()})
+        return _OnePass(Decoding(config, self.tokenizer, Prefill(beginnings=False)))
 
     def _judged(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Verdict, Completions]:
         completions = self.rollout.complete(model, batch)

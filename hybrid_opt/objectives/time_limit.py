@@ -1,4 +1,4 @@
-"""A time limit for code that may hang. Next: `reward.py`.
+"""A time limit for code that may hang. Next: `../tasks/scorers.py`, judges that cannot.
 
 One idea: an alarm signal breaks into Python code wherever it is, into a search by a hopeless regular expression and a sleep as well. Where
 there is no alarm (outside the main thread, on Windows), the code runs in a thread that is left behind when its time is over.

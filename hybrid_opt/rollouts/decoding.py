@@ -28,12 +28,13 @@ class Decoding:
     Args:
         config: how to choose tokens and when to stop.
         tokenizer: the model's.
+        prefill: what reads the prompts.
     """
 
-    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase, prefill: Prefill | None = None):
         self.config = config
         self.tokenizer, self.pad = tokenizer, pad_token(tokenizer)
-        self.prefill = Prefill()
+        self.prefill = prefill or Prefill()
         self.stop_strings = StopStringCriteria(tokenizer, list(config.stop)) if config.stop else None
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ not, and members share them.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Parts:
     def shrunk(self, finished: Tensor, leaving: float) -> Tensor | None:
         """Numbers of the rows to keep, as many of each part, so that all unfinished ones are kept; None if too few would leave."""
         parts = finished.view(self.count, -1)
-        needed = int((~parts).sum(dim=1).max())
+        needed = max(1, int((~parts).sum(dim=1).max()))  # one, if only other ranks still write
         if needed > (1 - leaving) * parts.shape[1]:
             return None
         order = parts.to(torch.uint8).argsort(dim=1, stable=True)[:, :needed].sort(dim=1).values
@@ -114,9 +115,14 @@ def cache_bytes(model: nn.Module, tokens: int) -> int:
 
 
 class Prefill:
-    """Reads the prompts of a batch, what they have in common once."""
+    """Reads the prompts of a batch, what they have in common once.
 
-    def __init__(self):
+    Args:
+        beginnings: whether that goes for how they begin. Not in a rehearsal, which compares passes of few rows and of more.
+    """
+
+    def __init__(self, beginnings: bool = True):
+        self.worthwhile = WORTHWHILE if beginnings else math.inf
         self.shared_layers = SharedLayers()
 
     def __call__(self, model: nn.Module, ids: Tensor, mask: Tensor, parts: Parts) -> tuple[Tensor, Context]:
@@ -129,31 +135,29 @@ class Prefill:
         shared = self.shared_layers.count(model, parts.factors)
         if shared is None:
             with self.shared_layers.watched(model, parts.factors):
-                return _read(context, ids, mask, parts.count, parts), context
+                return self._read(context, ids, mask, parts.count, parts), context
         if not shared or not parts.alike(ids, mask) or len(context.cache.layers) != len(decoder_layers(model)):
-            return _read(context, ids, mask, parts.count, parts), context
+            return self._read(context, ids, mask, parts.count, parts), context
         own = len(ids) // parts.count
         with parted_after(model, shared, parts.count):
-            logits = _read(context, ids[:own], mask[:own], 1, parts)
+            logits = self._read(context, ids[:own], mask[:own], 1, parts)
         part_caches(context.cache, shared, parts.count)
         context.mask, context.positions = context.mask.repeat(parts.count, 1), context.positions.repeat(parts.count)
         return logits, context
 
-
-def _read(context: Context, ids: Tensor, mask: Tensor, groups: int, parts: Parts) -> Tensor:
-    """Read rows that come in `groups` of equal weights, a beginning that all have in common once for each group."""
-    each = len(ids) // groups
-    common = _beginning_in_common(ids, mask) if each > 1 else 0
-    if (len(ids) - groups) * common < WORTHWHILE or any(
-        context.cache.is_sliding
-    ):  # a window is counted in columns, of which padding would be some
-        return context.read(ids, mask)
-    beginnings = ids[0, ids.shape[1] - int(mask[0].sum()) :][:common].expand(groups, -1)
-    parts.have(parts.count)
-    context.read(beginnings, torch.ones_like(beginnings))
-    context.repeat(each)
-    parts.have(parts.count * each)
-    return context.read(*_rest(ids, mask, common))
+    def _read(self, context: Context, ids: Tensor, mask: Tensor, groups: int, parts: Parts) -> Tensor:
+        """Read rows that come in `groups` of equal weights, a beginning that all have in common once for each group."""
+        each = len(ids) // groups
+        common = _beginning_in_common(ids, mask) if each > 1 else 0
+        # A sliding window is counted in columns, of which padding would be some.
+        if (len(ids) - groups) * common < self.worthwhile or any(context.cache.is_sliding):
+            return context.read(ids, mask)
+        beginnings = ids[0, ids.shape[1] - int(mask[0].sum()) :][:common].expand(groups, -1)
+        parts.have(parts.count)
+        context.read(beginnings, torch.ones_like(beginnings))
+        context.repeat(each)
+        parts.have(parts.count * each)
+        return context.read(*_rest(ids, mask, common))
 
 
 def _beginning_in_common(ids: Tensor, mask: Tensor) -> int:

@@ -1,6 +1,6 @@
-"""Times the rows of `hybrid-opt bench` against plain inference. Next: `bench_table.py`, which shows the result.
+"""Times the rows of `hybrid-opt bench` against plain inference, or plain generation. Next: `bench_table.py`, which shows the result.
 
-One idea: a machine's speed drifts, so rows take turns, and a row's ratio to inference is taken within a turn; the median
+One idea: a machine's speed drifts, so rows take turns, and a row's ratio to its reference is taken within a turn; the median
 over the turns is reported. Memory is measured before, when this process holds no model yet.
 """
 
@@ -23,11 +23,12 @@ from hybrid_opt.config.run import Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import architecture
 from hybrid_opt.studies.bench_memory import Memory, row_memory
-from hybrid_opt.studies.bench_plan import MEMBER_ROWS, Case, master_weights_of
+from hybrid_opt.studies.bench_plan import GENERATION_ROWS, MEMBER_ROWS, Case, master_weights_of, reference_of
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, Step, build_step, load_for, problem_of
 
 Say = Callable[[str], None]
 """Is told what is being measured."""
+_WITHOUT_MASTERS = ("inference", "mezo_loop", "generate")
 
 
 @dataclass
@@ -41,8 +42,8 @@ class Timing:
     """Why there are no durations."""
 
 
-def ready_cases(cases: Sequence[Case]) -> list[Case]:
-    """The cases with `auto` replaced by a device, once they are known to fit model and machine. Loads no weights.
+def ready_cases(cases: Sequence[Case], names: Sequence[str] = ()) -> list[Case]:
+    """The cases with `auto` replaced by a device, once they and these rows are known to fit model and machine. Loads no weights.
 
     Raises:
         UserError: no such model, more tokens than it has positions, or no such device.
@@ -54,17 +55,21 @@ def ready_cases(cases: Sequence[Case]) -> list[Case]:
         config = architecture(Model(name=cases[0].model))
     except UserError as error:
         raise UserError(f"command line: MODEL: {str(error).removeprefix('model.name: ')}") from None
-    longest = max(case.tokens for case in cases)
-    if longest > (positions := getattr(config, "max_position_embeddings", None) or longest):
+    longest = max(cases, key=lambda case: case.length(names))
+    length = longest.length(names)
+    if length > (positions := getattr(config, "max_position_embeddings", None) or length):
+        options, together = f"--tokens {longest.tokens}", ""
+        if length > longest.tokens:
+            options, together = f"{options} and --new-tokens {longest.new_tokens}", " together"
         raise UserError(
-            f"command line: --tokens {longest}: the model has only {positions} positions; write {positions} or fewer"
+            f"command line: {options}: the model has only {positions} positions; write {positions} or fewer{together}"
         )
     auto = "cuda" if cuda else "cpu"
     return [replace(case, device=auto) if case.device == "auto" else case for case in cases]
 
 
 def measure_case(case: Case, names: Sequence[str], *, repeats: int, memory: bool, say: Say) -> list[dict[str, Any]]:
-    """Measure the rows of these names, `inference` among them, and return one dictionary for each; see `_result`.
+    """Measure the rows of these names, their references among them, and return one dictionary for each; see `_result`.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -79,7 +84,7 @@ def measure_case(case: Case, names: Sequence[str], *, repeats: int, memory: bool
     gc.collect()
     if case.device == "cuda":
         torch.cuda.empty_cache()  # the next case's memory is measured by other processes, which need the room
-    return [_result(name, case, timing, found["inference"]) for name, timing in found.items()]
+    return [_result(name, case, timing, found[reference_of(name)]) for name, timing in found.items()]
 
 
 def write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -158,17 +163,21 @@ def seconds_of(step: Step, device: str) -> float:
     return time.perf_counter() - begun
 
 
-def _result(name: str, case: Case, timing: Timing, inference: Timing) -> dict[str, Any]:
+def _result(name: str, case: Case, timing: Timing, reference: Timing) -> dict[str, Any]:
     """A row in plain values, for the table and for JSON. What was not measured is None.
 
-    tokens_per_second counts every token of every member, members * examples * tokens a step, in all rows alike.
+    tokens_per_second counts every token of every member, members * examples * tokens a step, in all rows alike; in rows
+    that write, the tokens written.
     evaluations_per_second counts losses: of each member (inference, ES, MeZO), or of all rows at once (backprop).
-    ratio_to_inference is the median over the turns of inference's seconds by the row's: 1 is as fast as inference.
+    ratio_to_inference (ratio_to_generate in rows that write; `reference` says which) is the median over the turns of the
+    reference's seconds by the row's: 1 is as fast.
     """
-    seconds = timing.seconds
+    seconds, against = timing.seconds, reference_of(name)
     median = statistics.median(seconds) if seconds else None
-    ratios = [i / s for i, s in zip(inference.seconds, seconds, strict=True)] if inference.seconds and seconds else []
-    peak, base = timing.memory.peak_bytes, inference.memory.peak_bytes
+    ratios = [i / s for i, s in zip(reference.seconds, seconds, strict=True)] if reference.seconds and seconds else []
+    peak, base = timing.memory.peak_bytes, reference.memory.peak_bytes
+    writes = name in GENERATION_ROWS
+    counted = case.members * case.examples * (case.new_tokens if writes else case.tokens)
     return {
         "name": name,
         "model": case.model,
@@ -176,20 +185,22 @@ def _result(name: str, case: Case, timing: Timing, inference: Timing) -> dict[st
         "members": case.members,
         "examples": case.examples,
         "tokens": case.tokens,
+        "new_tokens": case.new_tokens if writes else None,
         "members_per_forward": case.members_per_forward,
-        "master_weights": master_weights_of(name, case) if name not in ("inference", "mezo_loop") else None,
+        "master_weights": master_weights_of(name, case) if name not in _WITHOUT_MASTERS else None,
         "seconds": list(seconds),
         "seconds_median": median,
         "seconds_min": min(seconds, default=None),
         "seconds_max": max(seconds, default=None),
-        "tokens_per_second": case.members * case.examples * case.tokens / median if median else None,
+        "tokens_per_second": counted / median if median else None,
         "evaluations_per_second": (case.members if name in MEMBER_ROWS else 1) / median if median else None,
-        "ratio_to_inference": statistics.median(ratios) if ratios else None,
+        "reference": against,
+        f"ratio_to_{against}": statistics.median(ratios) if ratios else None,
         "ratio_min": min(ratios, default=None),
         "ratio_max": max(ratios, default=None),
         "peak_memory_bytes": peak,
         "loaded_memory_bytes": timing.memory.loaded_bytes,
-        "memory_ratio_to_inference": peak / base if peak and base else None,
+        f"memory_ratio_to_{against}": peak / base if peak and base else None,
         "problem": timing.problem,
         "memory_problem": timing.memory.problem,
         "device": case.device,

@@ -26,7 +26,9 @@ ROWS = (
     "lora",
 )
 """In the order in which they are measured; every row takes one step over the same members * examples * tokens."""
-MEMBER_ROWS = ("inference", "es_low_rank", "es_dense", "mezo_loop")
+GENERATION_ROWS = ("generate", "es_generate", "es_generate_shared", "es_generate_common")
+"""Measured when they are named, after the others: members * examples prompts of so many tokens, after which as many are written."""
+MEMBER_ROWS = ("inference", "es_low_rank", "es_dense", "mezo_loop", *GENERATION_ROWS)
 """Rows whose step is one evaluation for each member; the others' step is one evaluation of all rows together."""
 DTYPES = get_args(Model.model_fields["dtype"].annotation)
 DEVICES = ("auto", "cpu", "cuda")
@@ -50,14 +52,20 @@ class Case:
     device: str
     """`auto`, `cpu` or `cuda`."""
     members_per_forward: int | None
-    """Of es_low_rank; None: the estimator's default."""
+    """Of es_low_rank and of ES on what members write; None: the estimator's default."""
     master_weights: str | None
     """As in a run file's `engine` section, for all rows; None: each row's own, see `master_weights_of`."""
+    new_tokens: int = 16
+    """Tokens that a row of `GENERATION_ROWS` writes after each example."""
 
     @property
     def title(self) -> str:
         """The case in words."""
         return f"{self.dtype}, {self.members} members x {self.examples} examples x {self.tokens} tokens"
+
+    def length(self, names: Sequence[str]) -> int:
+        """Most tokens of a sequence in the rows of these names."""
+        return self.tokens + self.new_tokens * any(name in GENERATION_ROWS for name in names)
 
 
 def plan_cases(
@@ -70,12 +78,14 @@ def plan_cases(
     device: str = "auto",
     members_per_forward: int | None = None,
     master_weights: str | None = None,
+    new_tokens: Sequence[int] = (Case.new_tokens,),
 ) -> list[Case]:
-    """Every dtype at every shape. Shapes are the three lists side by side; a list of one serves all.
+    """Every dtype at every shape. Shapes are the four lists of numbers side by side; a list of one serves all.
 
     Args:
-        members_per_forward: members that share a forward pass in es_low_rank; None: the estimator's default.
+        members_per_forward: members that share a forward pass in low rank ES; None: the estimator's default.
         master_weights: how updates add up below float32; None: each row's own.
+        new_tokens: tokens that a row of `GENERATION_ROWS` writes after each example.
 
     Raises:
         UserError: an option's value cannot be used, or the lists are of different lengths.
@@ -92,11 +102,11 @@ def plan_cases(
         )
     if members_per_forward is not None:
         _at_least("--members-per-forward", members_per_forward, 1)
-    shapes = list(_shapes(members, batch, tokens))
+    shapes = list(_shapes(members, batch, tokens, new_tokens))
     return [
-        Case(model, dtype, m, b, t, device, members_per_forward, master_weights)
+        Case(model, dtype, m, b, t, device, members_per_forward, master_weights, new)
         for dtype in dtypes
-        for m, b, t in shapes
+        for m, b, t, new in shapes
     ]
 
 
@@ -107,17 +117,25 @@ def master_weights_of(row: str, case: Case) -> str:
     return "stochastic_rounding" if row.startswith("es_") and case.dtype == "bfloat16" else "fp32"
 
 
-def plan_rows(names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """The rows with these names in the order of `ROWS`, `inference` among them, and lines on what was left out.
+def reference_of(row: str) -> str:
+    """The row with which a row is compared."""
+    return "generate" if row in GENERATION_ROWS else "inference"
 
-    No names: all rows.
+
+def plan_rows(names: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """The rows with these names and those with which they are compared, in the order of measurement, and lines on what was left out.
+
+    No names: all of `ROWS`.
 
     Raises:
         UserError: there is no such row.
     """
+    known = (*ROWS, *GENERATION_ROWS)
     for name in names:
-        _one_of("--rows", name, ROWS)
-    chosen = [name for name in ROWS if name == "inference" or name in (names or ROWS)]
+        _one_of("--rows", name, known)
+    wanted = names or ROWS
+    references = {reference_of(name) for name in wanted}
+    chosen = [name for name in known if name in references or name in wanted]
     if "lora" in chosen and importlib.util.find_spec("peft") is None:
         chosen.remove("lora")
         return chosen, ["lora is left out: the library peft is not installed (pip install 'hybrid-opt[peft]')"]
@@ -161,14 +179,18 @@ def check_repeats(repeats: int) -> None:
     _at_least("--repeats", repeats, 1)
 
 
-def _shapes(members: Sequence[int], batch: Sequence[int], tokens: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+def _shapes(
+    members: Sequence[int], batch: Sequence[int], tokens: Sequence[int], new_tokens: Sequence[int]
+) -> Iterator[tuple[int, int, int, int]]:
     for m in members:
         _suits_es(m)
     for b in batch:
         _at_least("--batch", b, 1)
     for t in tokens:
         _at_least("--tokens", t, 2)  # a token is predicted from the ones before
-    lists = {"--members": members, "--batch": batch, "--tokens": tokens}
+    for new in new_tokens:
+        _at_least("--new-tokens", new, 1)
+    lists = {"--members": members, "--batch": batch, "--tokens": tokens, "--new-tokens": new_tokens}
     longest = max(lists, key=lambda option: len(lists[option]))
     count = len(lists[longest])
     for option, values in lists.items():

@@ -1,4 +1,4 @@
-"""One step of each row of `hybrid-opt bench`, as a function without arguments. Next: `mezo_loop.py`, `bench.py`.
+"""One step of each row of `hybrid-opt bench`, as a function without arguments. Next: `bench_generation.py`, `mezo_loop.py`, `bench.py`.
 
 One idea: all rows see the same random tokens and the same loss, so they differ in their method alone.
 """
@@ -18,9 +18,10 @@ from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
-from hybrid_opt.objectives.contract import to_device
+from hybrid_opt.objectives.contract import Objective, to_device
 from hybrid_opt.objectives.examples import Example
-from hybrid_opt.studies.bench_plan import Case, master_weights_of
+from hybrid_opt.studies.bench_generation import begun_alike, generation, rewarded, without_end
+from hybrid_opt.studies.bench_plan import GENERATION_ROWS, Case, master_weights_of
 from hybrid_opt.studies.mezo_loop import mezo_step
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 
@@ -50,6 +51,8 @@ def build_step(row: str, case: Case, model: nn.Module) -> Step:
     Raises:
         UserError: the row's method does not work on this model.
     """
+    if row in GENERATION_ROWS:
+        return _generation(row, case, model)
     one, all_members = (token_batch(case, model, members) for members in (1, case.members))
     match row:
         case "inference":
@@ -69,12 +72,15 @@ def build_schedule(row: str, case: Case) -> dict[str, Any]:
     low_rank = _es(case, {"type": "low_rank", "noise_rank": 1}) | together
     estimator = {
         "es_low_rank": low_rank,
+        **dict.fromkeys(GENERATION_ROWS, low_rank),
         "es_dense": _es(case, {"type": "dense", "distribution": "gaussian"}),
         "backprop_sgd": {"type": "backprop", "optimizer": "SGD"},
         "backprop_checkpointing": {**_ADAMW, "gradient_checkpointing": True},
     }.get(row, _ADAMW)
     estimators = {"it": estimator, "es": low_rank} if row.startswith("es_stretch") else {"it": estimator}
-    return {
+    frozen_below = [{"layers": "last-2", "use": ["it"]}, {"match": ".*", "use": "frozen"}]
+    policy = {"policy": frozen_below} if row == "es_generate_shared" else {}
+    return policy | {
         "estimators": {name: {**settings, "learning_rate": LEARNING_RATE} for name, settings in estimators.items()},
         "schedule": {"type": "alternate", "pattern": {"it": 1, "es": 1000}}
         if row.startswith("es_stretch")
@@ -87,12 +93,17 @@ def token_batch(case: Case, model: nn.Module, members: int) -> dict[str, Any]:
 
     The loss is the mean cross-entropy of every token but an example's first.
     """
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(0, vocabulary, (case.examples, case.tokens), generator=torch.Generator().manual_seed(0))
+    ids = random_tokens(case, model)
     # Rows are of one length, so the tokenizer's only part in a batch, the token to pad with, is never used.
     data = CausalLmData(Data(train="random", text="text"), SimpleNamespace(pad_token_id=0, eos_token_id=None))
     batch = data.collate([Example((), row) for row in ids.tolist()] * members)
     return to_device(batch, torch.device(case.device))
+
+
+def random_tokens(case: Case, model: nn.Module) -> torch.Tensor:
+    """The case's examples, (examples, tokens) int64."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return torch.randint(0, vocabulary, (case.examples, case.tokens), generator=torch.Generator().manual_seed(0))
 
 
 def forward_arguments(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -160,9 +171,22 @@ def _es(case: Case, perturbation: dict[str, Any]) -> dict[str, Any]:
     return {"type": "es", "population_size": case.members, "sigma": SIGMA, "perturbation": perturbation}
 
 
-def _hybrid(row: str, case: Case, model: nn.Module, batch: dict[str, Any]) -> Step:
+def _generation(row: str, case: Case, model: nn.Module) -> Step:
+    """A step of a row that writes: after all members' examples at once, or an ES step on the examples."""
+    without_end(model)
+    prompts = random_tokens(case, model)
+    if row == "generate":
+        return generation(model, prompts.repeat(case.members, 1).to(case.device), case.new_tokens)
+    if row == "es_generate_common":
+        prompts = begun_alike(prompts)
+    objective, batch = rewarded(prompts, case.new_tokens)
+    return _hybrid(row, case, model, to_device(batch, torch.device(case.device)), objective)
+
+
+def _hybrid(row: str, case: Case, model: nn.Module, batch: dict[str, Any], objective: Objective | None = None) -> Step:
     engine = LocalEngine(type="local", device=case.device, master_weights=master_weights_of(row, case))
-    hybrid = HybridOptimizer(model, CausalLmObjective(), schedule=build_schedule(row, case), engine=engine)
+    schedule = build_schedule(row, case)
+    hybrid = HybridOptimizer(model, objective or CausalLmObjective(), schedule=schedule, engine=engine)
     return lambda: hybrid.step(batch)
 
 

@@ -34,7 +34,7 @@ def case_table(rows: Sequence[dict[str, Any]]) -> Table:
     """The rows of one case. A spread is the distance from the least to the most, in percent of the median."""
     repeats = max(len(row["seconds"]) for row in rows)
     table = Table(
-        caption=f"medians of {repeats} turns; spread: least to most, in percent; ratio: inference's seconds by the row's",
+        caption=f"medians of {repeats} turns; spread: least to most, in percent; {_ratio_of(rows)}",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -76,10 +76,22 @@ def header_of(rows: Sequence[dict[str, Any]]) -> str:
     """What the rows of one case have in common, in a line or two."""
     row = rows[0]
     return (
-        f"{row['model']} in {row['dtype']}: {row['members']} members x {row['examples']} examples x {row['tokens']} tokens "
+        f"{row['model']} in {row['dtype']}: {row['members']} members x {row['examples']} examples x {row['tokens']} tokens"
+        f"{_new_tokens(rows)} "
         f"(members_per_forward {row['members_per_forward'] or 'auto'}{_masters(rows)})\n"
         f"{row['machine']} ({row['device']}), {row['threads']} threads, torch {row['versions']['torch']}"
     )
+
+
+def _ratio_of(rows: Sequence[dict[str, Any]]) -> str:
+    references = dict.fromkeys(row["reference"] for row in rows)
+    told = " (generate's, and tokens/s of new tokens, in rows that write)" if len(references) > 1 else ""
+    return f"ratio: {next(iter(references))}'s seconds by the row's{told}"
+
+
+def _new_tokens(rows: Sequence[dict[str, Any]]) -> str:
+    """How many tokens are written, where any are."""
+    return next((f" + {row['new_tokens']} new" for row in rows if row["new_tokens"]), "")
 
 
 def _masters(rows: Sequence[dict[str, Any]]) -> str:
@@ -105,10 +117,11 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield _spread(row["seconds_median"], row["seconds_min"], row["seconds_max"])
     yield _number(row["tokens_per_second"])
     yield _number(row["evaluations_per_second"])
-    yield _number(row["ratio_to_inference"])
-    yield _spread(row["ratio_to_inference"], row["ratio_min"], row["ratio_max"])
+    ratio = row[f"ratio_to_{row['reference']}"]
+    yield _number(ratio)
+    yield _spread(ratio, row["ratio_min"], row["ratio_max"])
     yield f"{row['peak_memory_bytes'] / 1e6:,.0f}" if row["peak_memory_bytes"] else ""
-    yield _number(row["memory_ratio_to_inference"])
+    yield _number(row[f"memory_ratio_to_{row['reference']}"])
 
 
 def _number(value: float | None) -> str:

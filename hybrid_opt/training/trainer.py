@@ -18,7 +18,7 @@ from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
-from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
@@ -126,7 +126,7 @@ class Trainer:
         self.own_batches = {name: as_batches(batches) for name, (_, batches) in own.items()}
         self.steps, self.budget = steps, budget
         self.evaluate_every, self.checkpoint_every, self.saves_model = evaluate_every, checkpoint_every, saves_model
-        self.is_reward = getattr(self.optimizer.objective, "is_reward", False)
+        self.is_reward = isinstance(self.optimizer.objective, Generates)
         self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along

@@ -445,6 +445,8 @@ def test_schedules_just_inside_the_limits_are_accepted(changes):
 
 PROMPT = {"train": str(SPAM), "prompt": "{body}", "completion": "{label}"}
 FUNCTION = {"type": "function", "function": "module:losses", "differentiable": False}
+REWARD = {"type": "reward", "rewards": [{"function": "exact_match", "arguments": {"column": "label"}}]}
+OWN = {"objective": {"type": "causal_lm"}}
 ONE_FORMAT = (
     "data: say how a row becomes tokens with exactly one of prompt (with completion), messages or text; given: "
 )
@@ -501,6 +503,61 @@ REFUSED_RUNS = {
         {"objective": {"type": "function", "function": "losses"}},
         "objective.function: 'losses' is not of the form module:function, such as losses:my_losses",
     ),
+    "a reward has no gradient": (
+        {"objective": REWARD, "data": PROMPT},
+        "a reward has no gradient, but the estimator 'backprop' is backprop; give it an objective of its own, such as objectives: "
+        "{backprop: {objective: {type: causal_lm}}}, or use a schedule of es estimators alone",
+    ),
+    "a reward of texts": (
+        {"objective": REWARD, "data": TEXT, "schedule": "es_only"},
+        "objective reward needs prompts to answer: write data.prompt or messages, not text",
+    ),
+    "an objective of nobody": (
+        {"objective": REWARD, "data": PROMPT, "objectives": {"backdrop": OWN}},
+        "objectives names the estimator 'backdrop', which the schedule does not define (did you mean 'backprop'?); defined: es, "
+        "backprop",
+    ),
+    "an own objective without completions": (
+        {"objective": REWARD, "data": {"train": str(SPAM), "prompt": "{body}"}, "objectives": {"backprop": OWN}},
+        "objective causal_lm needs data.completion, which goes with data.prompt",
+    ),
+    "own data without completions": (
+        {
+            "objective": REWARD,
+            "data": PROMPT,
+            "objectives": {"backprop": {**OWN, "data": {"train": str(SPAM), "prompt": "{body}"}}},
+        },
+        "objective causal_lm needs objectives.backprop.data.completion, which goes with data.prompt",
+    ),
+    "own data to validate on": (
+        {
+            "objective": REWARD,
+            "data": PROMPT,
+            "objectives": {"backprop": {**OWN, "data": {**PROMPT, "validation": "x"}}},
+        },
+        "objectives.backprop.data.validation: only the run's own objective is evaluated; drop it",
+    ),
+    "an objective for who evaluates nothing": (
+        {
+            "objective": {"type": "causal_lm"},
+            "data": TEXT,
+            "objectives": {"stale": OWN},
+            "schedule": {
+                "estimators": {"backprop": BP, "stale": {"type": "stale_gradient", "learning_rate": 1e-4}},
+                "schedule": {"type": "alternate", "pattern": {"backprop": 1, "stale": 1}},
+            },
+        },
+        "objectives.stale: a stale_gradient evaluates nothing, so it has no objective; drop it",
+    ),
+    "greedy top_k": (
+        {"objective": {**REWARD, "generation": {"top_k": 5}}, "data": PROMPT, "schedule": "es_only"},
+        "objective.generation: top_k and top_p are for sampling, but temperature is 0; write a temperature, or drop them",
+    ),
+    "an empty stop": (
+        {"objective": {**REWARD, "generation": {"stop": [""]}}, "data": PROMPT, "schedule": "es_only"},
+        "objective.generation: stop holds an empty text, which would end every completion at once; drop it",
+    ),
+    "chat without a prompt": ({"data": {**TEXT, "chat": True}}, "data: chat needs prompt, which is missing"),
     "fraction of 1": ({"data": {**TEXT, "validation": 1.5}, "objective": {"type": "causal_lm"}}, None),
 }
 

@@ -19,9 +19,29 @@ ENGINE = LocalEngine(torch.nn.Linear(1, 1))
 MEMBERS = [Member(Key((0,)).fold(i // 2), 1 if i % 2 == 0 else -1) for i in range(8)]
 EXAMPLES = torch.arange(3).expand(8, 3)
 BATCH = token_batch()  # 3 examples of 7 tokens
+LOSS = FunctionObjective(token_losses)
 
 
-def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, bytes_per_example=1):
+class Writes(FunctionObjective):
+    """Makes passes of one token, and keeps some memory of each row."""
+
+    row_elements = 1
+
+    def __init__(self, row_bytes: int = 0):
+        super().__init__(token_losses, differentiable=False)
+        self.kept, self.tally = row_bytes, None
+
+    def seeded(self, batch, key):
+        return batch
+
+    def rehearsal(self):
+        return LOSS
+
+    def row_bytes(self, model, batch):
+        return self.kept
+
+
+def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, bytes_per_example=1, objective=LOSS):
     """(members, examples) of each forward pass, in order; every loss is written once."""
     seen, done = [], torch.zeros(members, examples)
 
@@ -32,7 +52,7 @@ def pieces(size: ForwardSize, members=8, examples=3, together=2, batch=BATCH, by
         return torch.zeros(shape)
 
     numbers = torch.arange(examples).expand(members, examples)
-    size.evaluate(losses_of, batch, numbers, together, bytes_per_example, ENGINE)
+    size.evaluate(losses_of, objective, batch, numbers, together, bytes_per_example, ENGINE)
     assert torch.equal(done, torch.ones(members, examples))
     return seen
 
@@ -60,6 +80,15 @@ def test_by_itself_it_takes_what_is_efficient_and_fits(monkeypatch):
     assert pieces(ForwardSize(), bytes_per_example=10**9) == [(1, 1)] * 24
     monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 6 * 7)  # six rows of seven tokens
     assert pieces(ForwardSize(), bytes_per_example=1) == [(2, 3)] * 4
+
+
+def test_where_passes_are_of_one_token_it_takes_more_rows(monkeypatch):
+    """Long prompts must not make the passes small that write."""
+    monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 12)
+    assert pieces(ForwardSize(), objective=Writes()) == [(4, 3), (4, 3)]
+    assert pieces(ForwardSize(), objective=Writes(), together=1) == [(4, 3), (4, 3)]
+    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device: 2 * 6 * 1000)
+    assert pieces(ForwardSize(), objective=Writes(600), bytes_per_example=400) == [(2, 3)] * 4
 
 
 def test_out_of_memory_halves_and_goes_on_with_one_warning():

@@ -52,6 +52,13 @@ def test_weighted_rewards_are_added():
     assert verdict.errors == 0
 
 
+def test_one_function_may_judge_twice():
+    judges = [Judge("exact", partial(exact, answer=list(which))) for which in ("abc", ["x", "bb", "ccc"])]
+    verdict = Judges(judges).judge(PROMPTS, COMPLETIONS, [[]] * 3, {})
+    assert verdict.rewards == {"exact": [1.0, 0.0, 0.0], "exact 2": [0.0, 1.0, 1.0]}
+    assert verdict.totals == [1.0, 1.0, 1.0]
+
+
 def test_functions_get_what_they_take():
     seen = {}
 

@@ -17,6 +17,7 @@ from hybrid_opt.estimators.noise import Key
 from hybrid_opt.objectives.contract import select
 from hybrid_opt.objectives.judging import Judge
 from hybrid_opt.objectives.reward import RewardData, RewardObjective
+from hybrid_opt.rollouts.prefill import Prefill
 from tests.conftest import GLASS
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -220,6 +221,21 @@ def test_a_reward_that_all_members_get_moves_nothing(model):
     assert not cost.is_empty
     assert cost.statistics["tied_pairs"] in range(5)
     assert cost.statistics["examples_left_out"] in range(3)
+
+
+def test_prompts_may_begin_alike_at_length(model):
+    """The rehearsal, of which all rows must be told apart, sees them begin alike too."""
+    rows = [
+        {**row, "start": "Tell me, said Alice to the Queen, of all the gardens. " * 2 + row["start"]} for row in ROWS
+    ]
+    data = PROMPT.model_copy(update={"max_tokens": 96})
+    objective, _, batch = build(letters, data, rows=Dataset.from_list(rows))
+    found, _ = estimated(model, objective, batch)
+    plain, _, _ = build(letters, data)
+    plain.rollout.prefill = Prefill(beginnings=False)
+    expected, _ = estimated(model, plain, batch)
+    assert torch.equal(found.coefficients, expected.coefficients)
+    assert found.coefficients.abs().max() > 0
 
 
 def test_a_rehearsal_judges_nothing(model):

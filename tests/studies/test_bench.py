@@ -18,9 +18,10 @@ from hybrid_opt.config import load_schedule
 from hybrid_opt.objectives.causal_lm import CausalLmObjective
 from hybrid_opt.scheduling.schedule import plan_of
 from hybrid_opt.studies import bench, bench_rows
+from hybrid_opt.studies.bench_generation import begun_alike, rewarded
 from hybrid_opt.studies.bench_memory import row_memory
-from hybrid_opt.studies.bench_plan import MEMBER_ROWS, ROWS, Case, plan_cases, plan_rows
-from hybrid_opt.studies.bench_rows import build_schedule, build_step, load_for, token_batch
+from hybrid_opt.studies.bench_plan import GENERATION_ROWS, MEMBER_ROWS, ROWS, Case, plan_cases, plan_rows
+from hybrid_opt.studies.bench_rows import build_schedule, build_step, load_for, random_tokens, token_batch
 from hybrid_opt.studies.mezo_loop import mezo_step
 from tests.conftest import tiny_model, token_losses
 from tests.conftest import token_batch as other_batch
@@ -127,7 +128,7 @@ def test_a_row_finds_the_weights_that_the_one_before_found(case):
         assert all(torch.equal(p, before[name]) for name, p in rows.model.named_parameters())
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row != "inference"])
+@pytest.mark.parametrize("row", [row for row in (*ROWS, *GENERATION_ROWS) if row not in ("inference", "generate")])
 def test_a_step_moves_the_weights(row, case):
     model = load_for(row, case)
     before = [p.detach().clone() for p in model.parameters()]
@@ -135,6 +136,117 @@ def test_a_step_moves_the_weights(row, case):
         build_step(row, case, model)()
     moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
     assert sum(moved) > len(moved) // (4 if row == "lora" else 2)  # the rest, by less than float32 can hold
+
+
+# ---------------------------------------------------------------- rows that write
+
+
+class Passes:
+    """The rows and tokens that a layer gets in each pass."""
+
+    def __init__(self, layer: torch.nn.Module):
+        self.shapes: list[tuple[int, int]] = []
+        layer.register_forward_pre_hook(lambda _, args, kwargs: self.shapes.append(args[0].shape[:2]), with_kwargs=True)
+
+
+def test_a_step_writes_what_generate_writes_if_members_hardly_differ(case, monkeypatch):
+    """To the last token, although the first that is written is one that the model's makers say ends a text."""
+    monkeypatch.setattr(bench_rows, "SIGMA", 1e-9)
+    model, case = load_for("generate", case), replace(case, new_tokens=5)
+    prompts = random_tokens(case, model)
+    model.generation_config.eos_token_id = model(input_ids=prompts).logits[0, -1].argmax().item()
+    whole = build_step("generate", case, model)()
+    assert whole.shape == (12, 13)
+    assert torch.equal(whole[:, :8], prompts.repeat(6, 1))
+    texts = []
+    monkeypatch.setattr(bench_rows, "rewarded", lambda *arguments: recorded(*arguments, texts))
+    passes = Passes(model.model.layers[0])
+    build_step("es_generate", case, model)()
+    assert texts == [" ".join(map(str, row)) for row in whole[:, 8:].tolist()]
+    assert passes.shapes[-5:] == [(12, 8), *[(12, 1)] * 4]  # after the rehearsal
+
+
+def recorded(prompts, new_tokens, texts):
+    """The objective and batch of a row, whose judge also notes what it is shown."""
+    objective, batch = rewarded(prompts, new_tokens)
+    (judge,) = objective.judges.judges
+
+    def function(completions, **columns):
+        texts.extend(completions)
+        return judge.function(completions, **columns)
+
+    objective.judges.judges = [replace(judge, function=function)]
+    return objective, batch
+
+
+def test_members_write_in_one_pass_however_long_their_prompts(folder):
+    """64 rows of 32 tokens are more than a pass that reads takes, 1024 tokens, and fewer than one that writes."""
+    case = plan_cases(str(folder), ["float32"], [16], [4], [32], new_tokens=[2], device="cpu")[0]
+    model = load_for("es_generate", case)
+    passes, step = Passes(model.model.layers[0]), build_step("es_generate", case, model)
+    step()
+    assert passes.shapes[-2:] == [(64, 32), (64, 1)]
+
+
+def test_rows_read_in_common_what_they_say(tmp_path):
+    """In the second step: the first shows which layers members share."""
+    tiny_model(num_hidden_layers=3).save_pretrained(tmp_path)
+    case = plan_cases(str(tmp_path), ["float32"], [6], [2], [24], new_tokens=[2], device="cpu")[0]
+    found = {}
+    for row in GENERATION_ROWS[1:]:
+        model = load_for(row, case)
+        passes, step = Passes(model.model.layers[0]), build_step(row, case, model)
+        step()
+        passes.shapes.clear()
+        step()
+        found[row] = passes.shapes
+    assert found["es_generate"] == [(12, 24), (12, 1)]
+    assert found["es_generate_shared"] == [(2, 24), (12, 1)]
+    assert found["es_generate_common"] == [(6, 18), (12, 6), (12, 1)]
+    prompts = torch.arange(24).view(3, 8)
+    assert begun_alike(prompts)[1].tolist() == [0, 1, 2, 3, 4, 5, 14, 15]
+
+
+def test_only_the_last_layers_move_where_the_others_are_shared(tmp_path):
+    tiny_model(num_hidden_layers=3).save_pretrained(tmp_path)
+    case = plan_cases(str(tmp_path), ["float32"], [6], [2], [8], new_tokens=[2], device="cpu")[0]
+    model = load_for("es_generate_shared", case)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    build_step("es_generate_shared", case, model)()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[2] for name in moved} == {"1", "2"}
+
+
+def test_rows_that_write_are_compared_with_generate(folder, monkeypatch, capsys):
+    """A new token is one of members * examples * new_tokens."""
+    arguments = ("--rows", "es_generate", "--new-tokens", "3", "--no-memory")
+    rows = measured(monkeypatch, folder, *arguments)
+    assert list(rows) == ["generate", "es_generate"]
+    for row in rows.values():
+        assert (row["reference"], row["new_tokens"], row["problem"]) == ("generate", 3, None)
+        assert row["tokens_per_second"] == pytest.approx(18 / row["seconds_median"])
+        assert row["evaluations_per_second"] == pytest.approx(6 / row["seconds_median"])
+        paired = [g / s for g, s in zip(rows["generate"]["seconds"], row["seconds"], strict=True)]
+        assert row["ratio_to_generate"] == pytest.approx(statistics.median(paired))
+        assert "ratio_to_inference" not in row
+    shown = capsys.readouterr().out
+    assert "6 members x 1 examples x 8 tokens + 3 new" in shown
+    assert "ratio: generate's seconds by the row's" in shown
+    rows = measured(monkeypatch, folder, *arguments, "--rows", "mezo_loop")
+    assert [(row["name"], row["reference"]) for row in rows.values()] == [
+        ("inference", "inference"), ("mezo_loop", "inference"), ("generate", "generate"), ("es_generate", "generate"),
+    ]  # fmt: skip
+    assert rows["mezo_loop"]["new_tokens"] is None
+    assert rows["mezo_loop"]["tokens_per_second"] == pytest.approx(48 / rows["mezo_loop"]["seconds_median"])
+    assert rows["mezo_loop"]["ratio_to_inference"] < 1
+
+
+def test_memory_of_rows_that_write_is_compared_with_that_of_generate(folder, monkeypatch):
+    fake_python(monkeypatch, folder, """case "$3" in *es_generate*) peak=12;; *generate*) peak=8;; *) peak=1;; esac
+        echo "{\\"peak_bytes\\": $peak, \\"loaded_bytes\\": 5}\"""")  # fmt: skip
+    rows = measured(monkeypatch, folder, "--rows", "es_generate", "--rows", "mezo_loop")
+    assert [rows[name]["memory_ratio_to_generate"] for name in ("generate", "es_generate")] == [1, 1.5]
+    assert rows["mezo_loop"]["memory_ratio_to_inference"] == 1
 
 
 # ---------------------------------------------------------------- the command
@@ -267,9 +379,9 @@ def test_without_peft_its_row_is_left_out_and_told(monkeypatch):
 
 
 def test_lists_of_one_serve_all_shapes():
-    cases = plan_cases("m", ["bfloat16"], [6, 8], [1, 2], [32])
-    assert [(c.members, c.examples, c.tokens) for c in cases] == [(6, 1, 32), (8, 2, 32)]
-    assert cases[0] == replace(cases[1], members=6, examples=1)
+    cases = plan_cases("m", ["bfloat16"], [6, 8], [1, 2], [32], new_tokens=[4, 5])
+    assert [(c.members, c.examples, c.tokens, c.new_tokens) for c in cases] == [(6, 1, 32, 4), (8, 2, 32, 5)]
+    assert cases[0] == replace(cases[1], members=6, examples=1, new_tokens=4)
 
 
 REFUSED = {
@@ -277,6 +389,7 @@ REFUSED = {
     "few members": (["--members", "4"], "--members 4", "even number from 6 on", "such as 6"),
     "no examples": (["--batch", "0"], "--batch 0", "write 1 or more"),
     "one token": (["--tokens", "1"], "--tokens 1", "write 2 or more"),
+    "no new tokens": (["--new-tokens", "0"], "--new-tokens 0", "write 1 or more"),
     "no repeats": (["--repeats", "0"], "--repeats 0", "write 1 or more"),
     "no members a forward": (["--members-per-forward", "0"], "--members-per-forward 0", "write 1 or more"),
     "other lengths": (["--members", "6", "--members", "8", *["--tokens", "8"] * 3], "--members is given 2 times", "3"),
@@ -288,7 +401,11 @@ REFUSED = {
     "rows of the other table": (["--distributed", "--rows", "lora"], "--rows", "without --distributed"),
     "no folder": (["--json", "nowhere/bench.json"], "--json nowhere/bench.json", "no folder"),
     "a folder": (["--json", "model"], "--json model", "is a folder"),
-    "too many tokens": (["--tokens", "33"], "--tokens 33", "32 positions", "write 32 or fewer"),
+    "too many tokens": (["--tokens", "33"], "--tokens 33:", "32 positions", "write 32 or fewer"),
+    "too many to write": (
+        ["--tokens", "24", "--new-tokens", "9", "--rows", "es_generate"],
+        *("--tokens 24 and --new-tokens 9:", "32 positions", "write 32 or fewer together"),
+    ),
 }
 
 

@@ -255,6 +255,25 @@ def test_a_run_file_with_a_reward_and_a_loss(write_run, tmp_path):
     assert build(load_run(tmp_path / "again.yaml"), display=Silence()).train().after == summary.after
 
 
+def test_an_objective_of_its_own_may_have_data_of_its_own(write_run, tmp_path):
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"Alice said {i}. " * 9}) + "\n" for i in range(9))
+    )
+    own = {
+        "objective": {"type": "causal_lm"},
+        "data": {"train": "text.jsonl", "text": "text", "max_tokens": 16},
+        "batch_size": 2,
+    }
+    path = write_run(**{**REWARD, "objectives": {"backprop": own}})  # beside the run file
+    trainer = build(load_run(path), display=Silence())
+    seen = []
+    losses = trainer.optimizer.objectives["backprop"].losses
+    trainer.optimizer.objectives["backprop"].losses = lambda model, batch: seen.append(batch) or losses(model, batch)
+    trainer.train()
+    assert [tuple(batch["input_ids"].shape) for batch in seen] == [(2, 16)] * 2
+    assert "Alice" in trainer.tokenizer.decode(seen[0]["input_ids"][0])
+
+
 def test_a_run_with_rewards_resumes_to_the_same_weights(write_run, tmp_path):
     path = write_run(**{**REWARD, "training": {**REWARD["training"], "checkpoint_every": 2}})
     whole = build(load_run(path, [f"output={tmp_path / 'whole'}"]), display=Silence())
