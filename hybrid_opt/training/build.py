@@ -68,10 +68,11 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     if resume:
         refuse_changes(folder.read_config(), run)
     model_config = _with_engine_dtype(run)
+    splits = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
     objective, data = _objective(run.objective, run.data, tokenizer)
-    examples, held_out = _examples(run.data, data, run.training.seed)
-    own = {name: _own(run, name, tokenizer) for name in run.objectives}
+    examples, held_out = _examples(run.data, data, splits, run.training.seed)
+    own = {name: _own(run, name, splits[0], tokenizer) for name in run.objectives}
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     along = _spread(validation, training.evaluation_rows or len(validation))
@@ -119,22 +120,29 @@ def _with_engine_dtype(run: RunFile) -> Model:
     return run.model.model_copy(update={"dtype": dtype})
 
 
-def _examples(config: Data, data: ExampleData, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Examples to train on, and held-out ones."""
-    rows, held_out_rows = load_splits(config)
+def _examples(
+    config: Data, data: ExampleData, splits: tuple[Dataset, Dataset | None], seed: int
+) -> tuple[Sequence[Any], Sequence[Any]]:
+    """Examples to train on, and held-out ones, from the rows of both."""
+    rows, held_out_rows = splits
     examples = _encode(data, rows, config.train)
     if isinstance(config.validation, float):
         return hold_out(examples, config.validation, seed, at_end=config.text is not None)
     return examples, _encode(data, held_out_rows, config.validation) if held_out_rows is not None else []
 
 
-def _own(run: RunFile, name: str, tokenizer) -> tuple[Objective, ShuffledBatches]:
-    """What an estimator minimises instead, with its batches; of the run's own data it sees the same training rows."""
+def _own(run: RunFile, name: str, run_rows: Dataset, tokenizer) -> tuple[Objective, ShuffledBatches]:
+    """What an estimator minimises instead, with its batches; of the run's own data it sees the same training rows.
+
+    Args:
+        run_rows: the training rows of the run's own data, before a fraction is set aside.
+    """
     own = run.objectives[name]
     config = own.data or run.data
     try:
         objective, data = _objective(own.objective, config, tokenizer)
-        examples, _ = _examples(config, data, run.training.seed)
+        rows = load_splits(own.data)[0] if own.data else run_rows
+        examples, _ = _examples(config, data, (rows, None), run.training.seed)  # nobody evaluates it
     except UserError as error:
         raise UserError(f"objectives.{name}: {error}") from None
     return objective, ShuffledBatches(examples, run.batch_size_of(name), data.collate, run.training.seed)
