@@ -81,7 +81,7 @@ class Judges:
         rewards: dict[str, list[float]] = {}
         wrong = [False] * len(completions)
         errors = 0
-        for judge, outcome in zip(self.judges, self._call_all(data), strict=True):
+        for judge, outcome in zip(self.judges, self._call(self.judges, data), strict=True):
             rewards[judge.name], failed = self._checked(judge, outcome, data)
             errors += len(failed)
             for row in failed:
@@ -93,17 +93,11 @@ class Judges:
         said = [j.weight * rewards[j.name][row] for j in self.judges if not math.isnan(rewards[j.name][row])]
         return sum(said) if said else (0.0 if self.on_error == "zero" else math.nan)
 
-    def _call_all(self, data: Mapping[str, Sequence[Any]]) -> list[Any]:
-        """What each function returned or raised; those that are async run at the same time."""
-        outcomes: dict[int, Any] = {}
-        waiting = {i: judge for i, judge in enumerate(self.judges) if _is_async(judge.function)}
-        if waiting:
-            calls = [_accepted(judge.function, data) for judge in waiting.values()]
-            results = _run_together([j.function for j in waiting.values()], calls, self.timeout)
-            outcomes |= dict(zip(waiting, results, strict=True))
-        for i in (i for i in range(len(self.judges)) if i not in waiting):
-            outcomes[i] = self._outcome(self.judges[i].function, data)
-        return [outcomes[i] for i in range(len(self.judges))]
+    def _call(self, judges: Sequence[Judge], data: Mapping[str, Sequence[Any]]) -> list[Any]:
+        """What each judge's function returned or raised; those that are async run at the same time."""
+        waiting = [judge.function for judge in judges if _is_async(judge.function)]
+        results = iter(_run_together(waiting, [_accepted(f, data) for f in waiting], self.timeout) if waiting else ())
+        return [next(results) if _is_async(j.function) else self._outcome(j.function, data) for j in judges]
 
     def _outcome(self, function: RewardCall, data: Mapping[str, Sequence[Any]]) -> Any:
         try:
@@ -114,9 +108,8 @@ class Judges:
     def _checked(self, judge: Judge, outcome: Any, data: Mapping[str, Sequence[Any]]) -> tuple[list[float], list[int]]:
         """A judge's rewards with NaN for none, and the numbers of the completions for which something went wrong."""
         count = len(data["completions"])
-        if (
-            isinstance(outcome, (Exception, SystemExit)) and count > 1
-        ):  # so that one completion does not cost the others theirs
+        # Asked again one by one, so that one completion does not cost the others theirs.
+        if isinstance(outcome, (Exception, SystemExit)) and count > 1:
             outcome = [self._alone(judge, data, i) for i in range(count)]
         elif isinstance(outcome, BaseException):
             outcome = [outcome] * count
@@ -130,10 +123,7 @@ class Judges:
 
     def _alone(self, judge: Judge, data: Mapping[str, Sequence[Any]], row: int) -> Any:
         own = {name: values[row : row + 1] for name, values in data.items()}
-        if _is_async(judge.function):
-            (outcome,) = _run_together([judge.function], [_accepted(judge.function, own)], self.timeout)
-        else:
-            outcome = self._outcome(judge.function, own)
+        (outcome,) = self._call([judge], own)
         return outcome if isinstance(outcome, BaseException) else _listed(judge.name, outcome, 1)[0]
 
     def _tell(self, name: str, problem: str, count: int, rows: int, completion: Any) -> None:
