@@ -19,7 +19,7 @@ from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and
 from hybrid_opt.estimators.dense import DensePerturbation
-from hybrid_opt.estimators.fitness import Fitness, fitness, worst_for_missing
+from hybrid_opt.estimators.fitness import Fitness, fitness, odd_and_even, worst_for_missing
 from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
 from hybrid_opt.estimators.modes import training_mode
@@ -108,8 +108,7 @@ class EsEstimator:
         if self.config.antithetic:
             statistics |= pair_statistics(found.values, self.config.sigma)
             if not objective.differentiable:  # rewards are often equal
-                statistics["tied_pairs"] = int((found.values[::2] == found.values[1::2]).sum())
-                self.watch.see(found.values)
+                statistics["tied_pairs"] = self.watch.see(found.values)
         return statistics
 
     def _evaluate(
@@ -192,10 +191,9 @@ def pair_statistics(losses: Tensor, sigma: float) -> dict[str, float]:
     of their even parts `(L+ + L-)/2`, in which curvature and, with distinct_examples, the choice of examples show.
     The correlation of antithetic losses is `(1 - snr) / (1 + snr)`.
     """
-    pairs = losses.double().view(-1, 2)
-    odd, even = (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(dim=1)
+    odd, even = odd_and_even(losses)
     statistics = {"gradient_norm": (odd / sigma).square().mean().sqrt().item()}
-    if len(pairs) > 2 and (noise := even.var().item()) > 0:
+    if len(odd) > 2 and (noise := even.var().item()) > 0:
         statistics["snr"] = odd.square().mean().item() / noise
     return statistics
 

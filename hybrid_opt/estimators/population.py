@@ -10,6 +10,8 @@ import warnings
 
 from torch import Tensor
 
+from hybrid_opt.estimators.fitness import odd_and_even
+
 STEPS = 10
 """Steps to look at before a judgement."""
 
@@ -25,16 +27,20 @@ class PopulationWatch:
         self.odd = self.even = 0.0
         self.warned = False
 
-    def see(self, losses: Tensor) -> None:
-        """The fitness of a step's members, (members,), the two of a pair side by side; warns if it is time to."""
-        pairs = losses.double().view(-1, 2)
-        odd, even = (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(dim=1)
-        self.steps, self.pairs = self.steps + 1, self.pairs + len(pairs)
-        self.differ += int((odd != 0).sum())
+    def see(self, losses: Tensor) -> int:
+        """Look at the fitness of a step's members, (members,), the two of a pair side by side, and warn if it is time to.
+
+        Returns:
+            How many pairs are tied.
+        """
+        odd, even = odd_and_even(losses)
+        tied = int((odd == 0).sum())
+        self.steps, self.pairs, self.differ = self.steps + 1, self.pairs + len(odd), self.differ + len(odd) - tied
         self.odd += odd.square().sum().item()
-        self.even += (even - even.mean()).square().sum().item() * len(pairs) / max(1, len(pairs) - 1)
+        self.even += (even - even.mean()).square().sum().item() * len(odd) / max(1, len(odd) - 1)
         if self.steps >= STEPS and not self.warned:
-            self._judge(len(pairs))
+            self._judge(len(odd))
+        return tied
 
     def needed(self) -> int | None:
         """Members with which a step would go downhill five times out of six; None if no number would do."""
