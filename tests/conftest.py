@@ -146,6 +146,20 @@ def interrupt_after(trainer, step: int) -> None:
     trainer.optimizer.step = step_and_interrupt
 
 
+def die_before(trainer, step: int) -> None:
+    """Train, and lose power before a step: nothing is saved that has not been."""
+    take_step = trainer.optimizer.step
+
+    def step_and_die(*batches):
+        if trainer.optimizer.signals.step == step:
+            raise RuntimeError("power cut")
+        return take_step(*batches)
+
+    trainer.optimizer.step = step_and_die
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer.train()
+
+
 @pytest.fixture
 def write_run(tmp_path):
     """Writes a run file with changed sections and returns its path."""

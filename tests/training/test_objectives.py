@@ -13,6 +13,7 @@ from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
+from tests.conftest import die_before
 
 BACKPROP = {"type": "backprop", "optimizer": "SGD", "learning_rate": 0.1}
 ES = {
@@ -189,16 +190,7 @@ def test_an_anchor_holds_the_first_weights_after_resuming_too(tmp_path):
     whole = trainer("whole", 6)
     whole.train()
     part = trainer("part", 6, checkpoint_every=3)
-    take_step = part.optimizer.step
-
-    def step_and_die(*batches):
-        if part.optimizer.signals.step == 4:
-            raise RuntimeError("power cut")
-        return take_step(*batches)
-
-    part.optimizer.step = step_and_die
-    with pytest.raises(RuntimeError):
-        part.train()
+    die_before(part, 4)
     resumed = trainer("part", 6, resume=True)
     resumed.train()
     assert torch.equal(resumed.optimizer.engine.model.w, whole.optimizer.engine.model.w)
@@ -279,16 +271,7 @@ def test_a_run_with_rewards_resumes_to_the_same_weights(write_run, tmp_path):
     whole = build(load_run(path, [f"output={tmp_path / 'whole'}"]), display=Silence())
     whole.train()
     part = build(load_run(path), display=Silence())
-    take_step = part.optimizer.step
-
-    def step_and_die(*batches):
-        if part.optimizer.signals.step == 3:
-            raise RuntimeError("power cut")
-        return take_step(*batches)
-
-    part.optimizer.step = step_and_die
-    with pytest.raises(RuntimeError):
-        part.train()
+    die_before(part, 3)
     resumed = build(load_run(path), resume=True, display=Silence())
     resumed.train()
     weights = resumed.optimizer.engine.model.state_dict()

@@ -16,7 +16,7 @@ from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.progress import Silence
-from tests.conftest import PROSE, ROOT, interrupt_after, tiny_model, token_batch, token_losses
+from tests.conftest import PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
 
 LM = {
     "data": {"train": str(PROSE), "validation": 0.05, "text": "text", "max_tokens": 64},
@@ -158,16 +158,7 @@ def test_steps_after_the_last_checkpoint_are_taken_again(write_run, tmp_path):
     training = {"steps": 6, "batch_size": 4, "probe_rows": 0, "checkpoint_every": 2}
     path = write_run(**LM, training=training, schedule=ALTERNATE)
     dying = build(load_run(path), display=Silence())
-    take_step = dying.optimizer.step
-
-    def step_and_die(*batches):
-        if dying.optimizer.signals.step == 5:
-            raise RuntimeError("power cut")
-        return take_step(*batches)
-
-    dying.optimizer.step = step_and_die
-    with pytest.raises(RuntimeError, match="power cut"):
-        dying.train()
+    die_before(dying, 5)
     assert newest_checkpoint(tmp_path / "out/checkpoints").name == "step-00000004"
     assert len(lines(tmp_path / "out/metrics.jsonl")) == 5
     train(path, resume=True)
