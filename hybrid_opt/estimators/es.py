@@ -1,4 +1,4 @@
-"""Evolution strategies: a gradient estimate from losses at perturbed weights. Next: `backprop.py`.
+"""Evolution strategies: a gradient estimate from losses at perturbed weights. Next: `fitness.py`, then `backprop.py`.
 
 One idea: the estimate is `sum_i c_i * noise(key_i)`, so it is kept as N coefficients and N keys, and any process can
 regenerate any slice of it.

@@ -1,4 +1,4 @@
-"""From rows to tokens: prompt and completion, chat messages, or packed text. Next: `causal_lm.py`, `choice.py`.
+"""From rows to tokens: prompt and completion, chat messages, or packed text. Next: `causal_lm.py`, `choice.py`, `reward.py`.
 
 One idea: every format becomes the same thing, tokens that are only read (the prompt) and tokens that are learnt (the
 completion). What is too long is cut from the prompt, where the row's own text is longest, never from the completion.
