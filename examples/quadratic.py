@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hybrid_opt import BackpropEstimator, Contribution, EsEstimator, FunctionObjective, Key, LocalEngine, Signals
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.config.schedule import Alternate, Rule
 from hybrid_opt.engines.update_rules import Sgd
 from hybrid_opt.scheduling.policy import resolve

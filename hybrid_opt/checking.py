@@ -7,8 +7,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.estimators import Backprop, Estimator, EvolutionStrategy, LowRankPerturbation, StaleGradient
+from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.objectives import Objective
+from hybrid_opt.config.perturbations import LowRankPerturbation
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
@@ -159,13 +160,12 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             stretches[-1] = (stretches[-1][0], step, who)
         else:
             stretches.append((step, step, who))
-        evaluations = [
-            (*_evaluations(run.schedule.estimators[name], run.batch_size_of(name)), _longest(run, name))
-            for name in weights
-        ]
-        forwards = sum(members for members, _, _ in evaluations)
-        tokens = sum(members * examples * longest for members, examples, longest in evaluations)
-        signals = signals.updated(tokens=tokens, forwards=forwards, loss=None)
+        acting = {name: run.schedule.estimators[name] for name in weights}
+        signals = signals.updated(
+            tokens=sum(e.forwards * e.examples(run.batch_size_of(n)) * _longest(run, n) for n, e in acting.items()),
+            forwards=sum(e.forwards for e in acting.values()),
+            loss=None,
+        )
     width = len(str(steps - 1))
     for first, last, who in stretches:
         steps_text = f"step  {first:>{width}}" if first == last else f"steps {first:>{width}} to {last:>{width}}"
@@ -177,13 +177,3 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
 def _longest(run: RunFile, estimator: str) -> int:
     own = run.objectives.get(estimator)
     return ((own and own.data) or run.data).max_tokens
-
-
-def _evaluations(estimator: Estimator, batch_size: int) -> tuple[int, int]:
-    """Forward passes of an estimate, and examples in each."""
-    if isinstance(estimator, StaleGradient):
-        return 0, 0
-    if not isinstance(estimator, EvolutionStrategy):
-        return 1, batch_size
-    share = 2 * batch_size // estimator.population_size if estimator.distinct_examples else batch_size
-    return estimator.population_size, estimator.examples_per_step or share

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
+from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
+from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
@@ -263,16 +264,16 @@ class RunFile(Strict):
     @model_validator(mode="after")
     def _examples_suffice(self):
         for name, estimator in self.schedule.estimators.items():
-            if not isinstance(estimator, EvolutionStrategy):
+            if not isinstance(estimator, Probing):
                 continue
-            groups = estimator.population_size // 2 if estimator.distinct_examples else 1
+            groups = estimator.example_groups
             needed = groups * (estimator.examples_per_step or 1)
             if needed > self.batch_size_of(name):
                 raise ValueError(
                     f"the estimator {name!r} needs {needed} different examples a step, but "
                     f"{f'objectives.{name}' if self.batch_size_of(name) != self.training.batch_size else 'training'}.batch_size is "
                     f"{self.batch_size_of(name)}; raise it to {needed}, or lower "
-                    + ("population_size or examples_per_step" if estimator.distinct_examples else "examples_per_step")
+                    + ("population_size or examples_per_step" if groups > 1 else "examples_per_step")
                 )
         return self
 

@@ -31,6 +31,8 @@ class Shard:
     """Index of `data[0]` in the flattened parameter."""
     shape: torch.Size
     """Shape of the whole parameter."""
+    copies: int = 1
+    """How many ranks hold this very slice, so that the sum over all ranks' shards of `f(shard) / copies` is one over the model."""
 
 
 @dataclass(frozen=True)

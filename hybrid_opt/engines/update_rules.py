@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from hybrid_opt.config.estimators import AdamRule, MomentumRule, SgdRule
+from hybrid_opt.config.steps import AdamRule, MomentumRule, SgdRule
 from hybrid_opt.engines.contract import Shard
 
 if TYPE_CHECKING:

@@ -1,19 +1,25 @@
-"""From an estimator's configuration to the estimator. Next: `es.py`."""
+"""From an estimator's configuration to the estimator with its wrappers. Next: `es.py`."""
 
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, StaleGradient
+from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
+from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.spsa import SpsaEstimator
 from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
+from hybrid_opt.estimators.wrappers.build import wrapped
 
 
 def build_estimator(config: EstimatorConfig) -> Estimator:
     """The estimator that a configuration describes."""
     match config:
-        case EvolutionStrategy():
-            return EsEstimator(config)
         case Backprop():
             return BackpropEstimator(config)
         case StaleGradient():
-            return StaleGradientEstimator()
+            estimator = StaleGradientEstimator()
+        case EvolutionStrategy():
+            estimator = EsEstimator(config)
+        case Spsa():
+            estimator = SpsaEstimator(config)
+    return wrapped(estimator, config.wrappers)

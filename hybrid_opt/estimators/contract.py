@@ -5,7 +5,7 @@ One idea: everything that wants to move the weights is an Estimate that can be r
 Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 
@@ -61,15 +61,28 @@ class Estimator(Protocol):
         ...
 
     def estimate(
-        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
+        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """Estimate the gradient of the objective's mean loss over `batch` with respect to the parameters `names`."""
         ...
 
 
 @runtime_checkable
+class Remembers(Protocol):
+    """An estimator whose next estimate depends on earlier steps, so that checkpoints hold what it remembers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank remembers, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
+        """Put back what `state_dict` gave; the state may hold other ranks' entries too, and its tensors lie in main memory."""
+        ...
+
+
+@runtime_checkable
 class FollowsBackprop(Protocol):
-    """An estimator that is also shown every gradient that backprop takes, and remembers of it what it likes."""
+    """An estimator that is also shown every gradient that backprop takes."""
 
     def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
         """See the gradient of a step, before it is applied: it can be read only now, and is finite.
@@ -81,13 +94,13 @@ class FollowsBackprop(Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank remembers, as tensors and plain values."""
-        ...
 
-    def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
-        """Put back what `state_dict` gave; the state may hold other ranks' entries too, and its tensors lie in main memory."""
-        ...
+def chain(estimator: Estimator) -> Iterator[Any]:
+    """An estimator and what it wraps (`inner`), from the outside in."""
+    part = estimator
+    while part is not None:
+        yield part
+        part = getattr(part, "inner", None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,23 @@ class WeightedSum:
         """Adds the terms one after the other, so no more than one is in memory at a time."""
         for weight, estimate in self.terms:
             estimate.add_to(out, shard, factor * weight)
+
+
+@dataclass(frozen=True)
+class Restricted:
+    """An estimate for some parameters, zero for all others."""
+
+    estimate: Estimate
+    names: frozenset[str]
+
+    def read(self, shard: Shard) -> Tensor:
+        """See `Estimate.read`."""
+        return zeros_and(self, shard)
+
+    def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
+        """See `Estimate.add_to`."""
+        if shard.name in self.names:
+            self.estimate.add_to(out, shard, factor)
 
 
 def zeros_and(estimate: Estimate, shard: Shard) -> Tensor:

@@ -7,6 +7,7 @@ weights by 3.9 % (float32 by 6e-7).
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, Shard, is_spread
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.directions import Directions, Independent
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
-from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, block_size
+from hybrid_opt.estimators.noise import Key, StepKey, block_size
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.rehearsal import rehearse
 from hybrid_opt.estimators.swapping import while_running
@@ -23,25 +25,26 @@ from hybrid_opt.objectives.contract import Objective, select
 
 
 class DensePerturbation:
-    """`w + sign * sigma * eps`, eps of independent gaussian or rademacher values.
+    """`w + sign * sigma * eps`, eps from a source of directions: by default independent gaussian or rademacher values.
 
     Works for any module. Memory: a second copy of the weights of the module that is running. A weight that is used
     outside its module's forward is written in place for the whole of a member's evaluation and has a copy meanwhile.
 
     Args:
+        directions: where eps comes from, or the name of a distribution of independent values.
         whole_model: write all weights in place and keep a copy of all; noise is then drawn once a member, not at every
             call of a module.
     """
 
     def __init__(
         self,
-        distribution: str,
+        directions: Directions | str,
         sigma: float,
         *,
         whole_model: bool = False,
         forward_size: ForwardSize | None = None,
     ):
-        self.noise = DISTRIBUTIONS[distribution]
+        self.directions = Independent(directions) if isinstance(directions, str) else directions
         self.sigma = sigma
         self.whole_model = whole_model
         self.forward_size = forward_size or ForwardSize()
@@ -49,6 +52,12 @@ class DensePerturbation:
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """Every parameter of every module can be written."""
+
+    def ready(self, engine: Engine, names: Collection[str], keys: Sequence[Key], key: StepKey) -> "DensePerturbation":
+        """See `Perturbation.ready`."""
+        result = copy(self)
+        result.directions = self.directions.ready(engine, names, keys, key)
+        return result
 
     def evaluate(
         self,
@@ -85,6 +94,9 @@ class DensePerturbation:
         Args:
             outside: parameters that are written in place, because they are used outside their module's forward.
         """
+        if not member.sign:
+            yield
+            return
         written = {name: p for name, p in parameters.items() if self.whole_model or name in outside}
         swapped = {name: p for name, p in parameters.items() if name not in written}
         with (
@@ -97,12 +109,11 @@ class DensePerturbation:
 
     def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:
         """See `Perturbation.add_noise`. Products and sums are taken one by one, so a slice equals that of the whole."""
-        keys = [key.fold(shard.name) for key in keys]
         block = block_size(out.device)
         for at in range(0, len(out), block):
             piece = out[at : at + block]
             total = torch.zeros_like(piece)
-            directions = self.noise(keys, shard.start + at, len(piece), out.device)
+            directions = self.directions.read(keys, shard.name, shard.start + at, len(piece), out.device)
             for direction, coefficient in zip(directions, coefficients.tolist(), strict=True):
                 total += direction.mul_(coefficient)
             piece += total
@@ -111,9 +122,9 @@ class DensePerturbation:
         """New weights for a member, made block by block, so that no second copy in float32 is needed."""
         result = torch.empty_like(original, memory_format=torch.contiguous_format)
         flat, source = result.view(-1), original.reshape(-1)
-        key, block = member.key.fold(name), block_size(original.device)
+        block = block_size(original.device)
         for at in range(0, len(flat), block):
-            noise = self.noise([key], at, min(block, len(flat) - at), original.device)[0]
+            noise = self.directions.read([member.key], name, at, min(block, len(flat) - at), original.device)[0]
             flat[at : at + block] = noise.mul_(member.sign * self.sigma).add_(source[at : at + block])
         return result
 

@@ -25,12 +25,6 @@ class Fitness:
         return bool((self.values == self.values[0]).all())
 
 
-def odd_and_even(losses: Tensor) -> tuple[Tensor, Tensor]:
-    """`(L+ - L-)/2` and `(L+ + L-)/2` of each pair, (pairs,) float64; losses: (members,), the two of a pair side by side."""
-    pairs = losses.double().view(-1, 2)
-    return (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(dim=1)
-
-
 def worst_for_missing(losses: Tensor) -> Tensor:
     """The losses with the largest of them in place of NaN; 0 if there is no other."""
     known = losses[~losses.isnan()]

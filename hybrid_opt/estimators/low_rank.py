@@ -23,7 +23,7 @@ from hybrid_opt.estimators.factors import Factors
 from hybrid_opt.estimators.forward_size import ForwardSize, Piece, one_by_one
 from hybrid_opt.estimators.kept_memory import KeptMemory
 from hybrid_opt.estimators.member_hooks import MemberHooks, why_not
-from hybrid_opt.estimators.noise import Key, gaussian
+from hybrid_opt.estimators.noise import Key, StepKey, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
@@ -74,6 +74,10 @@ class LowRankPerturbation:
         reasons = why_not(engine.model, {name: engine.parameters[name] for name in names})
         if reasons and self.otherwise == "refuse":
             raise UserError(refusal(*next(iter(reasons.items()))))
+
+    def ready(self, engine: Engine, names: Collection[str], keys: Sequence[Key], key: StepKey) -> "LowRankPerturbation":
+        """See `Perturbation.ready`: nothing depends on the step."""
+        return self
 
     def evaluate(
         self,
@@ -177,6 +181,9 @@ class LowRankPerturbation:
     def _perturbed(
         self, model: nn.Module, forms: _Forms, members: Sequence[Member], factors: Factors
     ) -> Iterator[None]:
+        if not any(member.sign for member in members):
+            yield
+            return
         with forms.hooks.attached(factors):
             if not forms.dense:
                 yield

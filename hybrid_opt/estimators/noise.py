@@ -58,6 +58,27 @@ class Key:
         return f"Key(({self.text}))"
 
 
+class StepKey(Key):
+    """The key of an estimator's noise in one step.
+
+    Args:
+        seed: of the run.
+        step: number of the step.
+        estimator: name of the estimator.
+    """
+
+    __slots__ = ("origin",)
+
+    def __init__(self, seed: int, step: int, estimator: str):
+        super().__init__((seed, step, estimator))
+        self.origin = (seed, step, estimator)
+
+    def lasting(self, steps: int, *parts: int | str) -> Key:
+        """A key that is the same for `steps` steps, counted from the run's first, and depends on `parts`."""
+        seed, step, estimator = self.origin
+        return Key((seed, "lasting", step // steps, estimator)).fold(*parts)
+
+
 Distribution = Callable[[Sequence[Key], int, int, torch.device], Tensor]
 
 

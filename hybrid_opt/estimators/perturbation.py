@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.noise import Key, StepKey
 from hybrid_opt.objectives.contract import Objective
 
 
@@ -22,7 +22,7 @@ class Member:
     key: Key
     """Key of its noise direction."""
     sign: int
-    """+1 or -1; antithetic members share a key."""
+    """+1 or -1, antithetic members share a key; 0: the weights as they are."""
 
 
 class Perturbation(Protocol):
@@ -30,6 +30,10 @@ class Perturbation(Protocol):
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """Raise UserError for a parameter whose noise cannot be evaluated."""
+        ...
+
+    def ready(self, engine: Engine, names: Collection[str], keys: Sequence[Key], key: StepKey) -> "Perturbation":
+        """The perturbation for one step, once it is known which parameters it perturbs along which directions; all ranks together."""
         ...
 
     def evaluate(

@@ -10,7 +10,7 @@ import warnings
 
 from torch import Tensor
 
-from hybrid_opt.estimators.fitness import odd_and_even
+from hybrid_opt.estimators.pairs import odd_and_even
 
 STEPS = 10
 """Steps to look at before a judgement."""

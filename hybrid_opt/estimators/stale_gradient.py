@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.estimators.contract import Cost, Estimate
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 
@@ -49,7 +49,7 @@ class StaleGradientEstimator:
         """See `Estimator.check`: there is nothing that it could not do."""
 
     def estimate(
-        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: Key
+        self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[KeptGradient, Cost]:
         """See `Estimator.estimate`; nothing is evaluated."""
         # A mapping of its own: `follow` comes before this step's estimates are applied.
@@ -67,5 +67,5 @@ class StaleGradientEstimator:
         return dict(self.latest)
 
     def load_state_dict(self, state: dict[str, Tensor], engine: Engine) -> None:
-        """See `FollowsBackprop.load_state_dict`."""
+        """See `Remembers.load_state_dict`."""
         self.latest = {s.name: state[s.name].to(s.data.device) for s in engine.shards(state)}

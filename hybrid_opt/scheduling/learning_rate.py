@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from transformers import get_scheduler
 
-from hybrid_opt.config.estimators import LearningRate
+from hybrid_opt.config.steps import LearningRate
 
 INDEPENDENT_OF_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Schedules that are the same whatever the number of steps in the run."""

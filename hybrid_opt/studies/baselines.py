@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from hybrid_opt.config import load_schedule
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy
+from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.run import Lora, RunFile
 from hybrid_opt.config.schedule import Alternate, Blend, Phases, Ramp, ScheduleFile, acting_names
 from hybrid_opt.config.study import BaselineName, Changes
@@ -17,10 +18,9 @@ from hybrid_opt.errors import UserError
 LORA_FACTOR = 10
 """The best learning rate for adapters is about ten times that for all weights (Schulman et al., LoRA Without Regret, 2025)."""
 MEZO = {
-    "type": "es",
-    "population_size": 2,
+    "type": "spsa",
+    "pairs": 1,
     "sigma": 1e-3,
-    "fitness_shaping": "none",
     "perturbation": {"type": "dense", "distribution": "gaussian"},
     "learning_rate": 1e-6,
 }
@@ -54,7 +54,7 @@ def lora(run: RunFile) -> Changes:
 
 def mezo(run: RunFile) -> Changes:
     """MeZO (arXiv 2305.17333): SPSA with one pair of forward passes a step, dense Gaussian noise, SGD."""
-    return {"schedule": _single(_name(run, EvolutionStrategy, "mezo"), MEZO)}
+    return {"schedule": _single(_name(run, Probing, "mezo"), MEZO)}
 
 
 def ea4llm(run: RunFile) -> Changes:
@@ -80,10 +80,10 @@ def stale_gradient(run: RunFile) -> Changes:
     document = _document(run.schedule)
     acting = [run.schedule.estimators[name] for name in acting_names(run.schedule.schedule)]
     gradient = next((e for e in acting if isinstance(e, Backprop)), None)
-    if gradient is None or not any(isinstance(e, EvolutionStrategy) for e in acting):
+    if gradient is None or not any(isinstance(e, Probing) for e in acting):
         raise UserError("baselines: stale_gradient needs a schedule of es and backprop; drop it from baselines")
     for name, estimator in run.schedule.estimators.items():
-        if isinstance(estimator, EvolutionStrategy):
+        if isinstance(estimator, Probing):
             rate = {"learning_rate": gradient.learning_rate}
             document["estimators"][name] = {"type": "stale_gradient", "update": {"type": "adam"}, **rate}
     return {"schedule": document}

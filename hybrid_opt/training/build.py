@@ -11,10 +11,12 @@ from datasets import Dataset
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import ZeroEngine
-from hybrid_opt.config.estimators import Backprop, EvolutionStrategy, LowRankPerturbation
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
+from hybrid_opt.config.perturbations import LowRankPerturbation
+from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.run import Budget, Model, RunFile
@@ -184,11 +186,7 @@ def _refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 
 def _refuse_what_vllm_cannot_serve(run: RunFile, optimizer: HybridOptimizer) -> None:
     for name, config in run.schedule.estimators.items():
         objective = run.objective_of(name)
-        if (
-            isinstance(config, EvolutionStrategy)
-            and isinstance(objective, Reward)
-            and objective.generation.engine == "vllm"
-        ):
+        if isinstance(config, Probing) and isinstance(objective, Reward) and objective.generation.engine == "vllm":
             low_rank = isinstance(config.perturbation, LowRankPerturbation)
             for policy in optimizer.policies.values() if low_rank else ():
                 if names := policy.names(name):

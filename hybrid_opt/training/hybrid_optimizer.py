@@ -28,7 +28,8 @@ from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import Compared
 from hybrid_opt.estimators.contract import Cost, Estimate, WeightedSum
 from hybrid_opt.estimators.followers import Followers
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
@@ -179,7 +180,7 @@ class HybridOptimizer:
         """One estimator's estimate, with the step and its name in front of what goes wrong."""
         step = self.signals.step
         try:
-            key = Key((self.seed, step)).fold(name)
+            key = StepKey(self.seed, step, name)
             estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
             _refuse_not_finite(cost)
         except UserError as error:
@@ -244,7 +245,7 @@ class HybridOptimizer:
             "layout": self.engine.layout(),
             "engine": self.engine.state_dict(folder),
             "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
-            "estimators": self.followers.state_dict(),
+            "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
         }
@@ -255,7 +256,7 @@ class HybridOptimizer:
         for name, rule in self.rules.items():
             if rule is not None:
                 rule.load_state_dict(state["rules"][name])
-        self.followers.load_state_dict(state["estimators"])
+        recall(self.estimators, state["estimators"], self.engine)
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])
 

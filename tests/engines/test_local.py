@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hybrid_opt.config.estimators import AdamRule, Backprop, MomentumRule, SgdRule, TorchOptimizerName
+from hybrid_opt.config.estimators import Backprop, TorchOptimizerName
+from hybrid_opt.config.steps import AdamRule, MomentumRule, SgdRule
 from hybrid_opt.engines.contract import Contribution, Shard
 from hybrid_opt.engines.local import Gradients, LocalEngine
 from hybrid_opt.engines.update_rules import build_rule

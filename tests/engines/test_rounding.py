@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hybrid_opt.config.estimators import SgdRule
+from hybrid_opt.config.steps import SgdRule
 from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.rounding import _round_by_torch, round_stochastically

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid_opt.config.estimators import AdamRule, MomentumRule, SgdRule
+from hybrid_opt.config.steps import AdamRule, MomentumRule, SgdRule
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import Gradients
 from hybrid_opt.engines.update_rules import build_rule

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_opt import HybridOptimizer
 from hybrid_opt.config import load_run
-from hybrid_opt.config.estimators import EvolutionStrategy
+from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
@@ -18,6 +18,7 @@ from hybrid_opt.estimators.es import EsEstimator
 from hybrid_opt.estimators.noise import Key, gaussian
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import GLASS, tiny_model, token_batch, token_losses
+from tests.estimators.losses import errors_and_cosines, quadratic, read_all
 
 DENSE = {"type": "dense", "distribution": "gaussian"}
 
@@ -25,38 +26,6 @@ DENSE = {"type": "dense", "distribution": "gaussian"}
 def build(**options) -> EsEstimator:
     settings = {"type": "es", "learning_rate": 1.0, "sigma": 1.0, "fitness_shaping": "none", "perturbation": DENSE}
     return EsEstimator(EvolutionStrategy(**{**settings, **options}))
-
-
-class LinearLoss(nn.Module):
-    """`L(W) = <G, W>` for a matrix W (m, n) that only ever appears in a linear layer, as low rank needs it."""
-
-    def __init__(self, m: int, n: int):
-        super().__init__()
-        self.layer = nn.Linear(n, m, bias=False)
-        nn.init.zeros_(self.layer.weight)
-        self.gradient = torch.randn(m, n, generator=torch.Generator().manual_seed(5))
-
-    def losses(self, model, batch):
-        return (model.layer(batch) * self.gradient.T).sum((1, 2))
-
-
-def read_all(engine: LocalEngine, estimate) -> torch.Tensor:
-    return torch.cat([estimate.read(shard) for shard in engine.shards(engine.parameters)])
-
-
-def errors_and_cosines(estimator: EsEstimator, m: int, n: int, repeats: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`|estimate - g|^2 / |g|^2` and the cosine with g, for many independent estimates."""
-    model = LinearLoss(m, n)
-    engine, objective = LocalEngine(model), FunctionObjective(model.losses)
-    g = model.gradient.flatten()
-    estimates = torch.stack(
-        [
-            read_all(engine, estimator.estimate(engine, objective, torch.eye(n)[None], ["layer.weight"], Key((i,)))[0])
-            for i in range(repeats)
-        ]
-    )
-    errors = (estimates - g).pow(2).sum(1) / g.pow(2).sum()
-    return errors, torch.nn.functional.cosine_similarity(estimates, g[None])
 
 
 RADEMACHER = {"type": "dense", "distribution": "rademacher"}
@@ -87,16 +56,6 @@ def test_cosine_with_the_gradient(q):
     standard_error = cosines.std().item() / math.sqrt(len(cosines))
     assert abs(cosines.mean().item() - 1 / math.sqrt(1 + 400 / q)) < 4 * standard_error
     assert standard_error < 0.008
-
-
-def quadratic():
-    model = nn.Linear(5, 3)
-    x, y = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(2))
-
-    def losses(model, batch):
-        return (model(batch["x"]) - batch["y"][:, :3]).pow(2).sum(1)
-
-    return model, FunctionObjective(losses), {"x": x, "y": y}
 
 
 def test_antithetic_without_shaping_is_n_spsa():

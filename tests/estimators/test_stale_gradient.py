@@ -156,9 +156,9 @@ def followed(*estimators) -> tuple[LocalEngine, Followers]:
 def test_without_a_follower_no_gradient_is_read():
     engine, followers = followed(HybridOptimizer(tiny_model(), schedule="es_only").estimators["es"])
     followers.show(None, list(engine.parameters))  # None cannot be read
-    assert followers.state_dict() == {}
+    assert followers.following == []
     hybrid, _, _ = stepped({"type": "single", "estimator": "backprop"}, 1)  # the file has one, which never acts
-    assert (hybrid.estimators["stale"].latest, hybrid.followers.by_name) == ({}, {})
+    assert (hybrid.estimators["stale"].latest, hybrid.followers.following) == ({}, [])
 
 
 def test_a_gradient_that_is_not_finite_is_not_followed():

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt.config.data import Data
-from hybrid_opt.config.estimators import EvolutionStrategy
+from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid_opt.config.estimators import EvolutionStrategy
+from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hybrid_opt.config.estimators import Backprop, LearningRateScheduleName
+from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.steps import LearningRateScheduleName
 from hybrid_opt.scheduling.learning_rate import learning_rate_at
 
 STEPS, PEAK = 20, 3e-3

@@ -1,0 +1,99 @@
+"""Estimators that evaluate the loss at perturbed weights, and no gradient. Next: `estimators.py`.
+
+One idea: they differ in how losses become coefficients of directions; how directions are drawn and evaluated is common to all.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hybrid_opt.config.perturbations import LowRankPerturbation, Perturbation
+from hybrid_opt.config.steps import DirectStep
+from hybrid_opt.config.strict import PositiveFloat, PositiveInt
+
+
+class Probing(DirectStep):
+    """What estimators have in common that evaluate the loss at perturbed weights, called members."""
+
+    sigma: PositiveFloat = 1e-3
+    """Standard deviation of the perturbation of a weight."""
+    perturbation: Perturbation = LowRankPerturbation(type="low_rank")
+    """Form of the noise."""
+    members_per_forward: PositiveInt | Literal["auto"] = "auto"
+    """Members that share one forward pass (low rank only; dense evaluates one at a time). `auto`: as many as make it
+    efficient and fit in the free memory."""
+    micro_batch_size: PositiveInt | None = None
+    """Most examples of a member in a forward pass; null: all, as far as they fit in the free memory."""
+    examples_per_step: PositiveInt | None = None
+    """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
+    distinct_examples an even share)."""
+
+    def examples(self, batch_size: int) -> int:
+        """Examples that a member sees."""
+        return self.examples_per_step or batch_size // self.example_groups
+
+
+class EvolutionStrategy(Probing):
+    """Gradient estimate from forward passes at a population of perturbed weights."""
+
+    type: Literal["es"]
+    population_size: Annotated[int, Field(ge=2)] = 16
+    """Number of members N evaluated in a step."""
+    antithetic: bool = True
+    """Evaluate each noise direction with both signs."""
+    fitness_shaping: Literal["none", "standardize", "centered_rank"] = "standardize"
+    """How members' losses become weights w."""
+    group_baseline: Literal["none", "mean", "standardize"] = "none"
+    """Before a member's losses are averaged, compare each with the other members' on the same example: `mean` takes their mean off,
+    `standardize` divides by their standard deviation too (GRPO) and leaves out examples on which all agree."""
+    divide_by_sigma: bool = True
+    """True: the estimate is `1/(N sigma) sum w eps` (gradient units); False: `1/N sum w eps` (EA4LLM, ES at Scale)."""
+    distinct_examples: bool = False
+    """True: each antithetic pair sees examples of its own, so the same forward passes cover more data; False: all members
+    see the same ones."""
+
+    @model_validator(mode="after")
+    def _population_suits_options(self):
+        n = self.population_size
+        if self.antithetic and n % 2:
+            raise ValueError(
+                f"population_size {n} is odd, but antithetic members come in pairs; write {n + 1}, or antithetic: false"
+            )
+        if self.distinct_examples and not self.antithetic:
+            raise ValueError(
+                "distinct_examples compares the two members of a pair on the same examples, so it needs antithetic: true"
+            )
+        if self.distinct_examples and self.fitness_shaping == "centered_rank" and self.group_baseline == "none":
+            raise ValueError(
+                "fitness_shaping 'centered_rank' compares members that see different examples (distinct_examples); write "
+                "fitness_shaping: none or standardize, or group_baseline: mean"
+            )
+        if self.fitness_shaping == "standardize" and n < 5:
+            raise ValueError(
+                f"population_size {n} is too small to standardize (with 4 or fewer members the weights hardly depend "
+                "on the losses); write 6 or more, or fitness_shaping: none"
+            )
+        return self
+
+    @property
+    def forwards(self) -> int:
+        """One a member."""
+        return self.population_size
+
+    @property
+    def example_groups(self) -> int:
+        """One a pair with `distinct_examples`."""
+        return self.population_size // 2 if self.distinct_examples else 1
+
+
+class Spsa(Probing):
+    """Slopes along q random directions (Spall 1992; MeZO, arXiv 2305.17333): 2 q forward passes a step, and no memory."""
+
+    type: Literal["spsa"]
+    pairs: PositiveInt = 1
+    """Number of directions q; their estimates are averaged."""
+
+    @property
+    def forwards(self) -> int:
+        """Two a pair."""
+        return 2 * self.pairs

@@ -1,0 +1,114 @@
+"""How far and by which rule an estimator steps; what all estimators share. Next: `perturbations.py`.
+
+One idea: an estimator gives a direction, so its step length, its update rule and what wraps it are the same few options whatever the
+direction came from.
+"""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from hybrid_opt.config.strict import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, Strict
+from hybrid_opt.config.wrappers import Wrapper
+
+LearningRateScheduleName = Literal[
+    "constant",
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "inverse_sqrt",
+]
+
+
+class LearningRate(Strict):
+    """The step length of one estimator: a peak value and its course over the run."""
+
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    learning_rate_schedule: LearningRateScheduleName = "constant"
+    """Course of the learning rate over the steps of the whole run, by transformers' name for it."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises from 0 (not for `constant`)."""
+
+    @model_validator(mode="after")
+    def _constant_has_no_warmup(self):
+        if self.learning_rate_schedule == "constant" and self.warmup_steps:
+            raise ValueError(
+                "learning_rate_schedule 'constant' has no warm-up; write 'constant_with_warmup' or drop warmup_steps"
+            )
+        return self
+
+
+class SgdRule(Strict):
+    """`w <- w - learning_rate * g`."""
+
+    type: Literal["sgd"]
+
+
+class MomentumRule(Strict):
+    """`m <- beta m + g; w <- w - learning_rate * m` (torch's SGD with momentum)."""
+
+    type: Literal["momentum"]
+    beta: Decay = 0.9
+    """Decay of the running sum m."""
+
+
+class AdamRule(Strict):
+    """Adam with bias correction (Kingma & Ba, arXiv 1412.6980)."""
+
+    type: Literal["adam"]
+    beta1: Decay = 0.9
+    """Decay of the first moment."""
+    beta2: Decay = 0.999
+    """Decay of the second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+
+
+UpdateRule = Annotated[SgdRule | MomentumRule | AdamRule, Field(discriminator="type")]
+STATE_VALUES = {"sgd": 0, "momentum": 1, "adam": 2}
+"""Float32 values that an update rule keeps for each weight."""
+
+
+class DirectStep(LearningRate):
+    """What estimators have in common whose estimates are applied by an update rule of their own, not by torch's optimizer."""
+
+    update: UpdateRule = SgdRule(type="sgd")
+    """Rule that turns this estimator's estimate into a change of the weights, its state held in float32."""
+    anchor: NonNegativeFloat = 0.0
+    """Strength of a pull back to the weights at the start: adds `anchor / 2 |w - w_start|^2` to what is minimised (L2-SP, arXiv
+    1802.01483), and keeps a copy of them in main memory."""
+    wrappers: tuple[Wrapper, ...] = ()
+    """What is done to the estimate on its way, the first innermost."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes a step, over the examples that each sees."""
+        return 0
+
+    @property
+    def example_groups(self) -> int:
+        """Disjoint parts of a batch that a step sees, one after another."""
+        return 1
+
+    def examples(self, batch_size: int) -> int:
+        """Examples in a forward pass."""
+        return batch_size
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Bytes beyond those of inference, by what they are for.
+
+        Args:
+            shapes: parameters that the estimator may move.
+        """
+        values = sum(map(prod, shapes.values()))
+        kept = {
+            f"{self.update.type}'s state": 4 * STATE_VALUES[self.update.type] * values,
+            "anchor": 4 * values if self.anchor else 0,
+        }
+        for wrapper in self.wrappers:
+            kept[wrapper.type] = wrapper.keeps(shapes)
+        return {what: count for what, count in kept.items() if count}
