@@ -17,7 +17,7 @@ from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.models.inventory import inventory
-from hybrid_opt.scheduling.policy import Policy, resolve_policies
+from hybrid_opt.scheduling.policy import Policy, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 
@@ -66,10 +66,6 @@ def _aim(objective: Objective) -> str:
     return f"maximises the reward {sum_}"
 
 
-STATE_TENSORS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
-"""Values that an optimizer of torch keeps for each weight, where that is not 2; a momentum is one more."""
-
-
 def engine_notes(run: RunFile) -> Iterator[Text]:
     """Under ZeRO, what the policy saves: only what backprop may own has optimizer state and masters there.
 
@@ -87,8 +83,7 @@ def engine_notes(run: RunFile) -> Iterator[Text]:
             continue
         settings.backprop(estimator)
         owned = {parameter for policy in policies for parameter in policy.names(name)}
-        momentum = bool(estimator.optimizer_arguments.get("momentum"))
-        bytes_each = 4 * (1 + STATE_TENSORS.get(estimator.optimizer, 2) + momentum)
+        bytes_each = 4 * (1 + estimator.state_values)
         values, everything = (sum(math.prod(shapes[p]) for p in names) for names in (owned, shapes))
         yield Text(
             f"zero: {name} may own {values:,} of {everything:,} values; {estimator.optimizer}'s state and float32 masters take "
@@ -144,6 +139,25 @@ def _policy_table(policy: Policy, shapes: dict[str, tuple[int, ...]], title: str
     for name in dict.fromkeys(e for estimators in policy.owners.values() for e in estimators):
         owned = policy.names(name)
         table.add_row(f"all of {name}", f"{len(owned):,}", f"{sum(math.prod(shapes[n]) for n in owned):,}", name)
+    return table
+
+
+def cost_table(run: RunFile) -> Table:
+    """For each estimator that acts: forward passes a step, examples in each, and memory beyond that of inference."""
+    table = Table("estimator", "forwards a step", "backwards", "examples in each", "memory beyond inference")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    shapes = inventory(run.model, run.peft).shapes
+    policies = resolve_policies(run.schedule, list(shapes))
+    for name in acting_names(run.schedule.schedule):
+        estimator = run.schedule.estimators[name]
+        moved = may_ever_move(run.schedule, policies, name)
+        kept = estimator.keeps({parameter: shapes[parameter] for parameter in moved})
+        backwards = int(isinstance(estimator, Backprop))
+        memory = [f"{_size(count)} {what}" for what, count in kept.items()] + ["activations"] * backwards
+        examples = estimator.examples(run.batch_size_of(name))
+        row = (estimator.forwards, backwards, examples or "")
+        table.add_row(name, *map(str, row), "\n".join(memory) or "none")
     return table
 
 

@@ -99,16 +99,20 @@ def plan(
     schedule: SchedulePath = None,
     steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Steps to show; left out: all.")] = None,
 ) -> None:
-    """Show which estimators act when, without loading the model."""
+    """Show which estimators act when and what each costs, without loading the model."""
     from rich.console import Console
 
-    from hybrid_opt.checking import timeline
+    from hybrid_opt.checking import cost_table, timeline
+    from hybrid_opt.config import located
 
-    config, _ = _load(run, overrides, schedule)
+    config, source = _load(run, overrides, schedule)
     if (steps := steps or config.training.steps) is None:
         raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    console = Console()
     for line in timeline(config, steps):
-        Console().print(line, highlight=False)
+        console.print(line, highlight=False)
+    with located(source):
+        console.print(cost_table(config), highlight=False)
 
 
 @app.command()

@@ -29,6 +29,10 @@ TorchOptimizerName = Literal[
 ]
 
 
+STATE_VALUES = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
+"""Values that an optimizer of torch keeps for each weight, where that is not 2; a momentum is one more."""
+
+
 class Backprop(LearningRate):
     """Exact gradient of the mean loss by backpropagation, applied by a torch optimizer."""
 
@@ -70,8 +74,23 @@ class Backprop(LearningRate):
         return 1
 
     def examples(self, batch_size: int) -> int:
-        """Examples in a forward pass."""
+        """Examples in a step."""
         return batch_size
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Bytes beyond those of inference, in float32; activations, which depend on the model, are not counted.
+
+        Args:
+            shapes: parameters that backprop may move.
+        """
+        values = 4 * sum(map(prod, shapes.values()))
+        state = {f"{self.optimizer}'s state": self.state_values * values, "gradient": values}
+        return {what: count for what, count in (state | {"anchor": values if self.anchor else 0}).items() if count}
+
+    @property
+    def state_values(self) -> int:
+        """Values that the optimizer keeps for each weight."""
+        return STATE_VALUES.get(self.optimizer, 2) + bool(self.optimizer_arguments.get("momentum"))
 
 
 class StaleGradient(DirectStep):

@@ -1,10 +1,15 @@
 """Forms of noise that a schedule file may choose: how a random direction changes the weights. Next: `probing.py`."""
 
+from collections.abc import Mapping
+from math import prod
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from hybrid_opt.config.strict import PositiveInt, Strict
+
+KEPT_NOISE = 256 << 20
+"""Most bytes of low rank noise that are kept from a step's evaluation to its update; more is drawn again."""
 
 
 class DensePerturbation(Strict):
@@ -17,6 +22,11 @@ class DensePerturbation(Strict):
     """Perturb each module while it runs, or write the whole model for each member and keep a copy of it: more memory, and
     faster where a member's evaluation calls the model many times, such as in generation."""
 
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]], directions: int) -> dict[str, int]:
+        """Bytes beyond those of inference in float32: the weights of the module that runs, or of all."""
+        sizes = [4 * prod(shape) for shape in shapes.values()]
+        return {"copy of weights": sum(sizes) if self.backup == "model" else max(sizes, default=0)}
+
 
 class LowRankPerturbation(Strict):
     """Matrices get `B A^T / sqrt(noise_rank)`; many members share one forward pass and weights are never written."""
@@ -27,6 +37,11 @@ class LowRankPerturbation(Strict):
     otherwise: Literal["refuse", "dense", "frozen"] = "refuse"
     """What to do with a parameter that cannot be evaluated low rank (`hybrid-opt check` lists them): an error, dense noise
     and one member a forward pass, or no noise and no update."""
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]], directions: int) -> dict[str, int]:
+        """Bytes beyond those of inference: a step's noise, until the update has used it."""
+        values = sum(self.noise_rank * sum(shape) if len(shape) == 2 else prod(shape) for shape in shapes.values())
+        return {"noise": min(KEPT_NOISE, 4 * values * directions)}
 
 
 Perturbation = Annotated[DensePerturbation | LowRankPerturbation, Field(discriminator="type")]

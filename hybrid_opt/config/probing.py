@@ -3,6 +3,7 @@
 One idea: they differ in how losses become coefficients of directions; how directions are drawn and evaluated is common to all.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -31,6 +32,15 @@ class Probing(DirectStep):
     def examples(self, batch_size: int) -> int:
         """Examples that a member sees."""
         return self.examples_per_step or batch_size // self.example_groups
+
+    @property
+    def directions(self) -> int:
+        """Noise directions a step."""
+        return self.forwards // 2
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """See `DirectStep.keeps`; and what the perturbation keeps."""
+        return super().keeps(shapes) | self.perturbation.keeps(shapes, self.directions)
 
 
 class EvolutionStrategy(Probing):
@@ -79,6 +89,11 @@ class EvolutionStrategy(Probing):
     def forwards(self) -> int:
         """One a member."""
         return self.population_size
+
+    @property
+    def directions(self) -> int:
+        """One a member, or a pair."""
+        return self.population_size // (2 if self.antithetic else 1)
 
     @property
     def example_groups(self) -> int:

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hybrid_opt.config.perturbations import KEPT_NOISE
 from hybrid_opt.estimators.noise import Key
-
-KEPT_BYTES = 256 << 20
-"""Most memory for noise that is kept from a step's evaluation to its update."""
 
 
 class DrawnNoise:
@@ -34,7 +32,7 @@ class DrawnNoise:
         New memory would take longer to get from the operating system than to be filled. None: there is no room to keep it.
         """
         self._bytes += 4 * keys * count
-        if self._bytes > KEPT_BYTES:
+        if self._bytes > KEPT_NOISE:
             return None
         if self._used == len(self._memory) or self._memory[self._used].shape != (keys, count):
             del self._memory[self._used :]
@@ -44,7 +42,7 @@ class DrawnNoise:
 
     def keep(self, names: Sequence[str], directions: list[Key], drawn: Sequence[Tensor]) -> None:
         """Noise of several parameters, one or two tensors (names, directions, ...)."""
-        if self._bytes > KEPT_BYTES:
+        if self._bytes > KEPT_NOISE:
             self._pieces.clear()
             self._directions.clear()
             return

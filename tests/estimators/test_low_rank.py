@@ -412,7 +412,7 @@ def test_noise_of_an_evaluation_is_kept_for_its_update(a_forward, no_new_noise):
     ids=["nothing kept", "some kept", "pairs parted", "micro-batches"],
 )
 def test_noise_that_is_not_kept_is_drawn_again(settings, kept_bytes, monkeypatch):
-    monkeypatch.setattr(drawn_noise, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(drawn_noise, "KEPT_NOISE", kept_bytes)
     engine = LocalEngine(tiny_model("gpt2"))
     perturbation = LowRankPerturbation(2, SIGMA, forward_size=ForwardSize(**settings))
     drawn = update_of(engine, perturbation)
