@@ -51,8 +51,8 @@ class EvolutionStrategy(Probing):
     """Number of members N evaluated in a step."""
     antithetic: bool = True
     """Evaluate each noise direction with both signs."""
-    fitness_shaping: Literal["none", "standardize", "centered_rank"] = "standardize"
-    """How members' losses become weights w."""
+    fitness_shaping: Literal["none", "standardize", "centered_rank", "leave_one_out"] = "standardize"
+    """How members' losses become weights w. `leave_one_out` takes off each loss the mean of the other members'."""
     group_baseline: Literal["none", "mean", "standardize"] = "none"
     """Before a member's losses are averaged, compare each with the other members' on the same example: `mean` takes their mean off,
     `standardize` divides by their standard deviation too (GRPO) and leaves out examples on which all agree."""
