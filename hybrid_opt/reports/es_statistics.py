@@ -12,6 +12,7 @@ from hybrid_opt.reports.statistic_panels import Chosen, Statistic, names_of
 STATISTICS = {
     "snr": Statistic("Signal-to-noise", "variance ratio"),
     "gradient_norm": Statistic("Gradient norm that the probes see", "norm"),
+    "curvature": Statistic("Curvature along the directions", "second derivative"),
     "cosine": Statistic("Cosine with the exact gradient", "cosine"),
     "rho2": Statistic("Share of the gradient's energy, rho\u00b2", "rho\u00b2"),
     "tied_pairs": Statistic("Tied pairs", "pairs", from_zero=True),
