@@ -1,8 +1,10 @@
 """From an estimator's configuration to the estimator with its wrappers. Next: `es.py`."""
 
+from hybrid_opt.config.align import Align
 from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
+from hybrid_opt.estimators.align import AlignEstimator
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.es import EsEstimator
@@ -22,4 +24,6 @@ def build_estimator(config: EstimatorConfig) -> Estimator:
             estimator = EsEstimator(config)
         case Spsa():
             estimator = SpsaEstimator(config)
+        case Align():
+            estimator = AlignEstimator(config)
     return wrapped(estimator, config.wrappers)
