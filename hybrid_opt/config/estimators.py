@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.align import Align
+from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.config.steps import DirectStep, LearningRate
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -108,4 +109,4 @@ class StaleGradient(DirectStep):
         return super().keeps(shapes) | {"gradient": 4 * sum(map(prod, shapes.values()))}
 
 
-Estimator = Annotated[EvolutionStrategy | Spsa | Backprop | StaleGradient | Align, Field(discriminator="type")]
+Estimator = Annotated[EvolutionStrategy | Spsa | Backprop | StaleGradient | Align | Fzoo, Field(discriminator="type")]

@@ -133,7 +133,7 @@ def test_members_are_evaluated_along_the_directions_that_the_estimate_is_made_of
 def test_more_orthogonal_directions_than_values_are_refused():
     estimator = SpsaEstimator(Spsa(type="spsa", pairs=13, **options("orthogonal")))
     with pytest.raises(
-        UserError, match="13 directions of a step are not linearly independent in the 12 values .* lower pairs"
+        UserError, match=r"13 directions of a step are not linearly independent in the 12 values .* lower pairs"
     ):
         errors_and_cosines(estimator, 3, 4, 1)
 
