@@ -101,7 +101,7 @@ class Cut:
 
 @pytest.mark.parametrize("distribution", KINDS)
 def test_how_weights_are_sharded_changes_nothing_but_rounding(distribution):
-    engine, names, source, z = step_directions(distribution)
+    engine, names, source, _ = step_directions(distribution)
     cut = directions_of(distribution).ready(Cut(engine), names, KEYS, KEY)
     assert torch.allclose(cut.matrix, source.matrix, rtol=1e-6, atol=1e-6)
 
