@@ -5,7 +5,7 @@ further cost, as normalised gradient descent does.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ class Rises:
     names: frozenset[str] = frozenset()
     """Parameters that were perturbed."""
     keys: Sequence[Key] = ()
-    values: Tensor = torch.zeros(0, dtype=torch.float64)
+    values: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     """`L_i - L_0`, (keys,) float64, both losses of one step and its examples."""
 
 

@@ -318,6 +318,24 @@ def stale_gradients(folder):
     }
 
 
+@scenario(2)
+def directions_that_know_each_other(folder):
+    """Estimators that take inner products over all ranks, or whose members are not pairs."""
+    steps = {"sigma": 0.02, "learning_rate": 0.05}
+    dense = {name: {"type": "dense", "distribution": name} for name in ("sphere", "orthogonal", "rademacher")}
+    estimators = {
+        "orthogonal": {"type": "spsa", "pairs": 3, "perturbation": dense["orthogonal"], **steps},
+        "sphere": {"type": "spsa", "pairs": 2, "perturbation": dense["sphere"], **steps, "curvature_floor": 1.0},
+        "align": {"type": "align", "pairs": 3, "perturbation": ES["perturbation"], **steps, "learning_rate": 50.0},
+        "fzoo": {"type": "fzoo", "population_size": 4, "perturbation": dense["rademacher"], **steps, "reuse": True},
+    }
+    estimators["fzoo"]["learning_rate"] = 3e-3
+    return {
+        name: at_all_stages({"estimators": {name: config}, "schedule": {"type": "single", "estimator": name}}, steps=3)
+        for name, config in estimators.items()
+    }
+
+
 # ------------------------------------------------------------ 2 and 3: narrow weights
 
 
