@@ -148,6 +148,14 @@ def test_each_ranks_part_of_a_stale_gradient_is_that_of_the_whole(results, name)
     assert found["moved"] > 200 * ROUNDING
 
 
+@pytest.mark.parametrize("name", ["orthogonal", "sphere", "align", "fzoo"])
+def test_directions_that_know_each_other_are_those_of_one_process(results, name):
+    found = results(2, "directions_that_know_each_other")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 500 * ROUNDING
+
+
 # ------------------------------------------------------------ narrow weights
 
 
