@@ -148,6 +148,14 @@ def test_each_ranks_part_of_a_stale_gradient_is_that_of_the_whole(results, name)
     assert found["moved"] > 200 * ROUNDING
 
 
+@pytest.mark.parametrize("name", ["sketched gradients", "moment", "estimates"])
+def test_guides_are_the_same_however_weights_are_spread(results, name):
+    found = results(2, "guided")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 200 * ROUNDING
+
+
 # ------------------------------------------------------------ narrow weights
 
 

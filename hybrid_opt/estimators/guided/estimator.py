@@ -36,7 +36,7 @@ class GuidedEstimator:
     sums over the steps since these guides came of the energies found inside and outside their span, half as much for each step
     back. I and O have no bias; their quotient has a small one, towards more, because O varies: of order 2 / (P - k) of
     itself. Where `rho^2 < (P + k + 1) / (P + n + 1)`, random directions are worth more (P pairs, k guides, n weights),
-    and the guides rest until others come.
+    and the guides rest until others come; own estimates do not, because the next step has others anyway.
 
     A step without guides is plain ES, shrunk by `c = P / (P + n + 1)` as the exact form with k = 0 is: for a linear loss the mean
     square error is `(1 - c) |gradient|^2`, and the same learning rate suits both kinds of steps. A `FollowsBackprop`; it `Remembers`.
@@ -77,9 +77,7 @@ class GuidedEstimator:
         estimate = NoiseSum(perturbation, keys, design.coefficients(slopes))
         told = self._judge(design, slopes)
         if self.config.guides.type == "estimates":
-            rest = self.are_dropped and bool(guides)  # for one step, since the next has others
             self._keep(engine, names, lambda name: _whole(engine, estimate, name))
-            self.are_dropped = rest
         return estimate, replace(probed.cost, statistics={**probed.cost.statistics, **told})
 
     @torch.no_grad()
