@@ -79,10 +79,17 @@ class Exact(Strict):
     """One pair along each guide, the others along random directions at right angles to all of them, shrunk for the least error."""
 
     type: Literal["exact"]
+    reach: PositiveFloat = 0.1
+    """Euclidean distance by which a probe along a guide moves the weights. Along gradients the loss is curved, so this is less than
+    the `sigma sqrt(n)` of random probes of n weights; in narrow weights it must be enough to outlast their rounding."""
 
 
 class MixedCovariance(Strict):
-    """Every pair along a random direction that lies more in the guides' span than elsewhere (Guided ES, arXiv 1806.10230)."""
+    """Every pair along a random direction that lies more in the guides' span than elsewhere (Guided ES, arXiv 1806.10230).
+
+    A probe moves n weights by about `sigma sqrt((1 - alpha) n)` in the guides' span, where the loss is curved: with many weights write
+    a small sigma, or alpha near 1.
+    """
 
     type: Literal["mixed_covariance"]
     alpha: Fraction = 0.5

@@ -17,7 +17,7 @@ from hybrid_opt.estimators.noise import Key, gaussian
 
 @dataclass(frozen=True)
 class ExactDesign:
-    """k pairs along `u_j sqrt(n)`, P - k along noise at right angles to all u; the latter's estimate is shrunk.
+    """k pairs along `l u_j`, P - k along noise at right angles to all u; the latter's estimate is shrunk.
 
     `g = sum_j u_j (u_j . grad) + c / (P - k) sum_i slope_i eps_i`, with `c = (P - k) / (P - k + n - k + 1)`. For a linear loss
     `E|g - grad|^2 = (1 - rho^2) (1 - c) |grad|^2`, rho^2 the share of |grad|^2 in the span of u, and no other c gives less.
@@ -27,6 +27,9 @@ class ExactDesign:
     """`<z_i, u_j>`, (P, k) float64."""
     values: int
     """n."""
+    length: float
+    """l, so that a probe along a guide moves the weights by `sigma l`. A random one moves them by `sigma sqrt(n)`, which along a
+    gradient is too far: the loss is curved there as it is along no random direction."""
     scale: float = 1.0
     """Factor of the estimate."""
 
@@ -40,7 +43,7 @@ class ExactDesign:
     def along(self) -> Tensor:
         """b (P, k)."""
         guides = self.noise_in_span.shape[1]
-        return torch.cat([torch.eye(guides).double() * self.values**0.5, -self.noise_in_span[guides:]])
+        return torch.cat([torch.eye(guides).double() * self.length, -self.noise_in_span[guides:]])
 
     def coefficients(self, slopes: Tensor) -> Tensor:
         """Of each direction in the estimate, (P,)."""
@@ -48,14 +51,14 @@ class ExactDesign:
         random = pairs - guides
         shrinking = random / (random + self.values - guides + 1)
         weights = torch.cat(
-            [torch.full((guides,), 1 / self.values), torch.full((random,), shrinking / random)]
+            [torch.full((guides,), self.length**-2), torch.full((random,), shrinking / random)]
         ).double()
         return self.scale * weights * slopes
 
     def energies(self, slopes: Tensor) -> tuple[float, float]:
-        """|gradient|^2 in the guides' span and outside, neither with bias: `sum_j slope_j^2 / n` and the mean of the others'."""
+        """|gradient|^2 in the guides' span and outside, neither with bias: `sum_j slope_j^2 / l^2` and the mean of the others'."""
         guides = self.noise_in_span.shape[1]
-        inside = slopes[:guides].square().sum() / self.values
+        inside = slopes[:guides].square().sum() / self.length**2
         return inside.item(), slopes[guides:].square().mean().item()
 
 

@@ -121,9 +121,9 @@ class GuidedEstimator:
     def _design(self, found: Span, values: int, keys: Sequence[Key]) -> ExactDesign | MixedDesign:
         form, guides = self.config.form, found.noise.shape[1]
         if not isinstance(form, MixedCovariance):
-            return ExactDesign(found.noise, values)
+            return ExactDesign(found.noise, values, form.reach / self.config.sigma)
         if not guides:
-            return ExactDesign(found.noise, values, scale=form.beta)
+            return ExactDesign(found.noise, values, 1.0, scale=form.beta)
         return MixedDesign(found.noise, values, standard_normal(keys, guides), form.alpha, form.beta)
 
     def _perturbation(
