@@ -135,7 +135,9 @@ def test_directions_of_the_exact_form_are_at_right_angles_and_slices_are_bitwise
     found = span(engine, names, guides, keys)
     design = ExactDesign(found.noise, VALUES, 3.0)
     factors = design.along @ found.basis.T
-    directions = GuidedDirections(guides, dict(zip(keys, zip(design.noise.tolist(), factors.tolist()))))
+    directions = GuidedDirections(
+        guides, dict(zip(keys, zip(design.noise.tolist(), factors.tolist(), strict=True), strict=True))
+    )
     whole = directions.read(keys, "layer.weight", 0, VALUES, engine.device)
     gram = (whole.double() @ whole.double().T)[:2]
     assert torch.allclose(gram[:, :2], 9 * torch.eye(2).double(), atol=1e-3)
@@ -144,6 +146,17 @@ def test_directions_of_the_exact_form_are_at_right_angles_and_slices_are_bitwise
         piece = directions.read(keys[1:4], "layer.weight", start, count, engine.device)
         assert torch.equal(piece, whole[1:4, start : start + count])
     assert not directions.read(keys[:1], "another", 0, 7, engine.device).any()
+
+
+def test_a_probe_along_a_guide_goes_as_far_as_reach_says_and_others_at_right_angles_as_sigma():
+    loss, names = LinearLoss(M, N), ["layer.weight"]
+    engine, sigma = LocalEngine(loss), 1e-3
+    estimator = with_guides([0.5, 0.1], sigma=sigma, form={"type": "exact", "reach": 0.2}).made(engine)
+    arguments = (FunctionObjective(loss.losses), torch.eye(N)[None], names, StepKey(0, 0, "guided"))
+    estimate, _ = estimator.estimate(engine, *arguments)
+    moved = sigma * estimate.perturbation.directions.read(estimate.keys, *names, 0, VALUES, engine.device)
+    assert moved[:2].norm(dim=1).tolist() == pytest.approx([0.2, 0.2], rel=1e-5)
+    assert moved[2:].norm(dim=1).mean().item() == pytest.approx(sigma * (VALUES - 2) ** 0.5, rel=0.2)
 
 
 def test_guides_that_add_nothing_are_left_out():
