@@ -246,7 +246,7 @@ CASES = [
     case("stale alone in tokens", SCH, stale({"schedule": STALE_PHASES}), "phase 1 ", "stale", "give it steps"),
     case("stale to spend", RUN, endless(tokens=99), "training.budget counts", "stale", "write training.steps too"),
     case("stale to compute", RUN, endless(forward_equivalents=9), "training.budget counts", "write training.steps too"),
-    case("nothing to repeat", SCH, stale(APART), "policy: 'stale' applies", "write use: [backprop, stale]"),
+    case("nothing to repeat", SCH, stale(APART), "policy: 'stale' uses gradients", "write use: [backprop, stale]"),
     # schedules
     case("unknown schedule type", SCH, schedule({"schedule": {"type": "mix"}}), "schedule: type is 'mix'", "'blend'"),
     case("unknown estimator", SCH, turns(bprop=1), "schedule names the estimator 'bprop'", "'backprop'?"),

@@ -85,6 +85,11 @@ class DirectStep(LearningRate):
     """What is done to the estimate on its way, the first innermost."""
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs what backprop leaves behind."""
+        return False
+
+    @property
     def forwards(self) -> int:
         """Forward passes a step, over the examples that each sees."""
         return 0

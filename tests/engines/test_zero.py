@@ -156,6 +156,14 @@ def test_directions_that_know_each_other_are_those_of_one_process(results, name)
     assert found["moved"] > 500 * ROUNDING
 
 
+@pytest.mark.parametrize("name", ["sketched gradients", "moment", "estimates"])
+def test_guides_are_the_same_however_weights_are_spread(results, name):
+    found = results(2, "guided")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 200 * ROUNDING
+
+
 # ------------------------------------------------------------ narrow weights
 
 

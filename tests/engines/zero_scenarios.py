@@ -56,6 +56,13 @@ ALTERNATE = {"type": "alternate", "pattern": {"es": 2, "backprop": 1}}
 TURNS = {"type": "alternate", "pattern": {"es": 1, "backprop": 1}}
 BLEND = {"type": "blend", "weights": {"es": 0.3, "backprop": 0.7}}
 STALE_TURNS = {"type": "alternate", "pattern": {"backprop": 1, "stale": 2}}
+GUIDED_ES = {"type": "guided", "learning_rate": 0.05, "sigma": 0.02, "pairs": 3}
+GUIDED = {
+    "sketched gradients": {"guides": {"type": "gradients", "count": 2}, "storage": {"type": "sketch", "rank": 2}},
+    "moment": {"guides": {"type": "first_moment"}, "form": {"type": "mixed_covariance"}},
+    "estimates": {"guides": {"type": "estimates"}},
+}
+GUIDED_TURNS = {"type": "alternate", "pattern": {"backprop": 2, "guided": 2}}
 STALE_BLEND = {"type": "blend", "weights": {"stale": 0.3, "backprop": 0.7}}
 ATTENTION, MLP = {"match": "attn", "use": ["backprop"]}, {"match": "mlp", "use": ["backprop"]}
 REST_ES, REST_FROZEN = {"match": ".*", "use": ["es"]}, {"match": ".*", "use": "frozen"}
@@ -344,6 +351,21 @@ def directions_that_know_each_other(folder):
         name: at_all_stages({"estimators": {name: config}, "schedule": {"type": "single", "estimator": name}}, steps=3)
         for name, config in estimators.items()
     }
+
+
+@scenario(2)
+def guided(folder):
+    """Backprop's gradients or moments of the attention guide the forward passes that move everything."""
+    policy = [{"match": "attn", "use": ["backprop", "guided"]}, {"match": ".*", "use": ["guided"]}]
+    result = {}
+    for name, options in GUIDED.items():
+        file = {
+            "estimators": {"backprop": SGD, "guided": GUIDED_ES | options},
+            "policy": policy,
+            "schedule": GUIDED_TURNS,
+        }
+        result[name] = at_all_stages(file, steps=5)
+    return result
 
 
 # ------------------------------------------------------------ 2 and 3: narrow weights
