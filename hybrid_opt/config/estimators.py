@@ -5,10 +5,11 @@ One idea: an estimator's options are one frozen object, and what they cannot mea
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.config.steps import DirectStep, LearningRate
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -35,6 +36,8 @@ STATE_VALUES = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
 
 class Backprop(LearningRate):
     """Exact gradient of the mean loss by backpropagation, applied by a torch optimizer."""
+
+    differentiates: ClassVar[bool] = True
 
     type: Literal["backprop"]
     optimizer: TorchOptimizerName = "AdamW"
@@ -107,4 +110,4 @@ class StaleGradient(DirectStep):
         return super().keeps(shapes) | {"gradient": 4 * sum(map(prod, shapes.values()))}
 
 
-Estimator = Annotated[EvolutionStrategy | Spsa | Backprop | StaleGradient, Field(discriminator="type")]
+Estimator = Annotated[EvolutionStrategy | Spsa | ForwardGradient | Backprop | StaleGradient, Field(discriminator="type")]

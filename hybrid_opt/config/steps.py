@@ -6,7 +6,7 @@ direction came from.
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,9 @@ LearningRateScheduleName = Literal[
 
 class LearningRate(Strict):
     """The step length of one estimator: a peak value and its course over the run."""
+
+    differentiates: ClassVar[bool] = False
+    """Whether the estimator needs an objective that has a gradient."""
 
     learning_rate: PositiveFloat
     """Peak learning rate."""

@@ -2,10 +2,12 @@
 
 from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
+from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.forward_gradient import ForwardGradientEstimator
 from hybrid_opt.estimators.spsa import SpsaEstimator
 from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
 from hybrid_opt.estimators.wrappers.build import wrapped
@@ -22,4 +24,6 @@ def build_estimator(config: EstimatorConfig) -> Estimator:
             estimator = EsEstimator(config)
         case Spsa():
             estimator = SpsaEstimator(config)
+        case ForwardGradient():
+            estimator = ForwardGradientEstimator(config)
     return wrapped(estimator, config.wrappers)
