@@ -110,4 +110,6 @@ class StaleGradient(DirectStep):
         return super().keeps(shapes) | {"gradient": 4 * sum(map(prod, shapes.values()))}
 
 
-Estimator = Annotated[EvolutionStrategy | Spsa | ForwardGradient | Backprop | StaleGradient, Field(discriminator="type")]
+Estimator = Annotated[
+    EvolutionStrategy | Spsa | ForwardGradient | Backprop | StaleGradient, Field(discriminator="type")
+]

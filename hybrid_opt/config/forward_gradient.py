@@ -10,7 +10,7 @@ from hybrid_opt.config.strict import PositiveInt
 
 class ForwardGradient(DirectStep):
     """Exact slopes along k random directions by forward-mode differentiation (Baydin et al., arXiv 2202.08587): no sigma, no
-    backward pass; k forward passes a step that carry slopes along, each of which takes about 2.5 plain ones. Beyond inference it
+    backward pass; k forward passes a step that carry slopes along, each of which takes about 3 plain ones. Beyond inference it
     keeps a tangent for the weights of the module that runs and for its activations."""
 
     differentiates: ClassVar[bool] = True

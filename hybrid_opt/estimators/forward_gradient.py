@@ -25,7 +25,7 @@ from hybrid_opt.estimators.rehearsal import rehearse
 from hybrid_opt.estimators.swapping import owners_of, while_running
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
-DUAL_FORWARD = 2.5
+DUAL_FORWARD = 3.0
 """Forward passes that take as much computing as one that carries slopes: each product `x W` becomes `x W`, `x' W` and `x W'`."""
 
 
@@ -33,7 +33,8 @@ class ForwardGradientEstimator:
     """`g = 1/k sum_j (dL . z_j) z_j` over k tangents z_j, each slope exact (Baydin et al., arXiv 2202.08587).
 
     Without bias. For n weights `MSE / |g|^2` is (n + 1)/k with Gaussian and (n - 1)/k with Rademacher tangents. Dropout is off. A
-    weight is found as an attribute of its module; a tied one has one tangent for all its places.
+    weight is found as an attribute of its module; a tied one has one tangent for all its places. The row of an embedding's
+    `padding_idx`, whose gradient torch's backward pass sets to zero, takes part with its true slope, as in ES.
     """
 
     def __init__(self, config: ForwardGradient):
