@@ -14,6 +14,7 @@ class ForwardGradient(DirectStep):
     keeps a tangent for the weights of the module that runs and for its activations."""
 
     differentiates: ClassVar[bool] = True
+    directions_from_keys: ClassVar[bool] = True
 
     type: Literal["forward_gradient"]
     tangents: PositiveInt = 1

@@ -87,6 +87,23 @@ class DirectStep(LearningRate):
     wrappers: tuple[Wrapper, ...] = ()
     """What is done to the estimate on its way, the first innermost."""
 
+    @model_validator(mode="after")
+    def _replayed_estimates_come_from_keys(self):
+        first = next((i for i, wrapper in enumerate(self.wrappers) if wrapper.replays), None)
+        inside = [] if first is None else [self, *self.wrappers[:first]]
+        for part in inside:
+            if not getattr(part, "directions_from_keys", True):
+                raise ValueError(
+                    f"wrappers: {self.wrappers[first].type} draws the directions of earlier steps again from their keys, but those of "
+                    f"{part.type} depend on more than keys (weights or gradients); write update: {{type: momentum}}, which keeps a buffer"
+                )
+        return self
+
+    @property
+    def directions_from_keys(self) -> bool:
+        """Whether estimates are sums of directions that are functions of keys alone, so that they can be made again later."""
+        return False
+
     @property
     def forwards(self) -> int:
         """Forward passes a step, over the examples that each sees."""

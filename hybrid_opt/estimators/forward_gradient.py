@@ -39,7 +39,7 @@ class ForwardGradientEstimator:
 
     def __init__(self, config: ForwardGradient):
         self.config = config
-        self.noise = DensePerturbation(config.distribution, sigma=1.0)
+        self.perturbation = DensePerturbation(config.distribution, sigma=1.0)
         self._outside: dict[tuple[nn.Module, frozenset[str]], frozenset[str]] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
@@ -89,7 +89,7 @@ class ForwardGradientEstimator:
             tokens=len(keys) * count_tokens(batch),
             statistics={"gradient_norm": slopes.square().mean().sqrt().item()},
         )
-        return NoiseSum(self.noise, keys, slopes / len(keys)), cost
+        return NoiseSum(self.perturbation, keys, slopes / len(keys)), cost
 
     def _loss_and_slope(
         self,

@@ -40,7 +40,7 @@ def slopes_of_autograd(model, losses, batch, parameters, keys):
 
 
 @pytest.mark.parametrize(
-    "distribution, k, expected", [("gaussian", 1, 49), ("gaussian", 4, 49 / 4), ("rademacher", 4, 47 / 4)]
+    ("distribution", "k", "expected"), [("gaussian", 1, 49), ("gaussian", 4, 49 / 4), ("rademacher", 4, 47 / 4)]
 )
 def test_mean_square_error_matches_its_closed_form(distribution, k, expected):
     errors, _ = errors_and_cosines(build(tangents=k, distribution=distribution), 6, 8, 400)
@@ -49,7 +49,7 @@ def test_mean_square_error_matches_its_closed_form(distribution, k, expected):
 
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 @pytest.mark.parametrize(
-    "kind, changes", [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("gemma", {})]
+    ("kind", "changes"), [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("gemma", {})]
 )
 def test_slopes_are_those_of_autograd(kind, changes, micro_batch_size):
     model, batch = tiny_model(kind, **changes), token_batch()
@@ -108,13 +108,10 @@ def test_an_objective_without_gradient_is_refused():
 
 def test_an_operator_without_a_forward_derivative_is_named():
     def losses(model, batch):
-        return torch.nn.functional.ctc_loss(
-            model(batch).log_softmax(-1),
-            torch.ones(4, 2, dtype=torch.long),
-            torch.full((4,), 6),
-            torch.full((4,), 2),
-            reduction="none",
-        )
+        n = len(batch)
+        inputs, targets = model(batch).transpose(0, 1).log_softmax(-1), torch.ones(n, 2, dtype=torch.long)
+        lengths = torch.full((n,), 6), torch.full((n,), 2)
+        return torch.nn.functional.ctc_loss(inputs, targets, *lengths, reduction="none")
 
     with pytest.raises(UserError, match=r"no forward-mode derivative .*ctc_loss.*use spsa or es"):
-        HybridOptimizer(nn.Linear(5, 3), losses, schedule=document()).step(torch.randn(6, 4, 5))
+        HybridOptimizer(nn.Linear(5, 3), losses, schedule=document()).step(torch.randn(4, 6, 5))
