@@ -95,7 +95,7 @@ class DirectStep(LearningRate):
             if not getattr(part, "directions_from_keys", True):
                 raise ValueError(
                     f"wrappers: {self.wrappers[first].type} draws the directions of earlier steps again from their keys, but those of "
-                    f"{part.type} depend on more than keys (weights or gradients); write update: {{type: momentum}}, which keeps a buffer"
+                    f"{part.type} depend on more than keys (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which keeps a buffer"
                 )
         return self
 

@@ -78,6 +78,11 @@ def test_forward_gradients_can_be_replayed():
     assert (weights(ours) - weights(buffer)).norm() < 1e-3 * (weights(buffer) - start).norm()
 
 
+def test_low_rank_noise_that_depends_on_an_evaluation_is_refused():
+    with pytest.raises(UserError, match=r"those of spsa depend on more than keys .*otherwise: dense or frozen"):
+        hybrid(momentum(), perturbation={"type": "low_rank", "otherwise": "frozen"})
+
+
 def test_a_stale_gradient_cannot_be_replayed():
     with pytest.raises(
         UserError, match=r"those of stale_gradient depend on more than keys.*update: \{type: momentum\}"
