@@ -5,11 +5,12 @@ One idea: an estimator's options are one frozen object, and what they cannot mea
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.align import Align
+from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.config.guided import Guided
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
@@ -42,6 +43,8 @@ FIRST_MOMENTS = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 
 class Backprop(LearningRate):
     """Exact gradient of the mean loss by backpropagation, applied by a torch optimizer."""
+
+    differentiates: ClassVar[bool] = True
 
     type: Literal["backprop"]
     optimizer: TorchOptimizerName = "AdamW"
@@ -125,5 +128,6 @@ class StaleGradient(DirectStep):
 
 
 Estimator = Annotated[
-    EvolutionStrategy | Spsa | Align | Fzoo | Guided | Backprop | StaleGradient, Field(discriminator="type")
+    EvolutionStrategy | Spsa | Align | Fzoo | Guided | ForwardGradient | Backprop | StaleGradient,
+    Field(discriminator="type"),
 ]

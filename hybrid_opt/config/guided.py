@@ -145,6 +145,11 @@ class Guided(Probing):
         return self
 
     @property
+    def directions_from_keys(self) -> bool:
+        """No: they are those of the guides, too."""
+        return False
+
+    @property
     def needs_gradient(self) -> bool:
         """Whether guides come from backprop."""
         return self.guides.type != "estimates"

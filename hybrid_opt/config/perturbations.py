@@ -42,6 +42,11 @@ class LowRankPerturbation(Strict):
     """What to do with a parameter that cannot be evaluated low rank (`hybrid-opt check` lists them): an error, dense noise
     and one member a forward pass, or no noise and no update."""
 
+    @property
+    def directions_from_keys(self) -> bool:
+        """See `DirectStep`; which parameters get dense noise or none is found by an evaluation, which a resumed run has not made."""
+        return self.otherwise == "refuse"
+
     def keeps(self, shapes: Mapping[str, tuple[int, ...]], directions: int) -> dict[str, int]:
         """Bytes beyond those of inference: a step's noise, until the update has used it."""
         values = sum(self.noise_rank * sum(shape) if len(shape) == 2 else prod(shape) for shape in shapes.values())

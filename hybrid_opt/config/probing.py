@@ -29,6 +29,11 @@ class Probing(DirectStep):
     """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
     distinct_examples an even share)."""
 
+    @property
+    def directions_from_keys(self) -> bool:
+        """See `DirectStep`: unless the perturbation says otherwise."""
+        return getattr(self.perturbation, "directions_from_keys", True)
+
     def examples(self, batch_size: int) -> int:
         """Examples that a member sees."""
         return self.examples_per_step or batch_size // self.example_groups

@@ -3,6 +3,7 @@
 from hybrid_opt.config.align import Align
 from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
+from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.config.guided import Guided
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
@@ -10,6 +11,7 @@ from hybrid_opt.estimators.align import AlignEstimator
 from hybrid_opt.estimators.backprop import BackpropEstimator
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.es import EsEstimator
+from hybrid_opt.estimators.forward_gradient import ForwardGradientEstimator
 from hybrid_opt.estimators.fzoo import FzooEstimator
 from hybrid_opt.estimators.guided.estimator import GuidedEstimator
 from hybrid_opt.estimators.spsa import SpsaEstimator
@@ -34,4 +36,6 @@ def build_estimator(config: EstimatorConfig) -> Estimator:
             estimator = FzooEstimator(config)
         case Guided():
             estimator = GuidedEstimator(config)
+        case ForwardGradient():
+            estimator = ForwardGradientEstimator(config)
     return wrapped(estimator, config.wrappers)
