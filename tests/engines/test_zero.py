@@ -433,6 +433,19 @@ def test_offloaded_optimizer_state_is_not_put_away_again(results):
     assert all(max(differs.values()) < ROUNDING for differs in found.values()), found
 
 
+# ------------------------------------------------------------ what backprop leaves behind
+
+
+@pytest.mark.parametrize("idle", [None, 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_and_first_moments_are_whole_on_every_rank(results, stage, idle):
+    found = results(2, "gradients_and_moments_are_whole")
+    assert found["gradients"] == found["moments"] == 4
+    differs = found[f"{stage} {idle}"]
+    assert differs["shards"] == 0.0
+    assert max(differs["gradient"], differs["moments"], differs["norms"]) < ROUNDING, differs
+
+
 # ------------------------------------------------------------ sizes that do not go up evenly
 
 
