@@ -4,7 +4,7 @@ One idea: they differ in how losses become coefficients of directions; how direc
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,8 @@ class Probing(DirectStep):
 
 class EvolutionStrategy(Probing):
     """Gradient estimate from forward passes at a population of perturbed weights."""
+
+    takes_shaped_noise: ClassVar[bool] = True
 
     type: Literal["es"]
     population_size: Annotated[int, Field(ge=2)] = 16
@@ -103,6 +105,8 @@ class EvolutionStrategy(Probing):
 
 class Spsa(Probing):
     """Slopes along q random directions (Spall 1992; MeZO, arXiv 2305.17333): 2 q forward passes a step, and no memory."""
+
+    takes_shaped_noise: ClassVar[bool] = True
 
     type: Literal["spsa"]
     pairs: PositiveInt = 1

@@ -6,7 +6,7 @@ direction came from.
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,6 +83,21 @@ class DirectStep(LearningRate):
     1802.01483), and keeps a copy of them in main memory."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is done to the estimate on its way, the first innermost."""
+
+    takes_shaped_noise: ClassVar[bool] = False
+    """Whether a wrapper may change the noise with which the estimator perturbs weights."""
+
+    @model_validator(mode="after")
+    def _wrappers_find_noise(self):
+        shaping = [wrapper.type for wrapper in self.wrappers if getattr(wrapper, "shapes_noise", False)]
+        if shaping and not self.takes_shaped_noise:
+            raise ValueError(
+                f"wrappers: {shaping[0]} changes the noise with which weights are perturbed, and {self.type} has no noise, or needs its "
+                f"directions as they are; take {shaping[0]} off, or use es or spsa"
+            )
+        if double := next((name for name in shaping if shaping.count(name) > 1), None):
+            raise ValueError(f"wrappers: {double} is there twice; keep one of them")
+        return self
 
     @property
     def forwards(self) -> int:

@@ -5,7 +5,7 @@ applied from the inside out.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,4 +36,26 @@ class NormCap(Strict):
         return 0
 
 
-Wrapper = Annotated[LayerSubset | NormCap, Field(discriminator="type")]
+class RelativeSigma(Strict):
+    """Each parameter's sigma is `sigma s` with `s = max(rms, floor)`, rms the root of the mean square of its values.
+
+    Sigma is then a share of the weights' size. The estimate keeps the gradient's units: along a direction z weights are evaluated at
+    `w + sigma s z`, and the estimate adds up `z / s`. No forward pass and no memory more; weights are read once a refresh.
+    """
+
+    shapes_noise: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
+    directions_from_keys: ClassVar[bool] = False
+
+    type: Literal["relative_sigma"]
+    floor: PositiveFloat = 1e-3
+    """Smallest s, for parameters that are nearly 0, such as new biases."""
+    refresh: PositiveInt = 1
+    """Steps for which s is kept, counted from the run's first."""
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that are kept: a number for each parameter is not counted."""
+        return 0
+
+
+Wrapper = Annotated[LayerSubset | NormCap | RelativeSigma, Field(discriminator="type")]

@@ -64,6 +64,7 @@ class LowRankPerturbation:
     ):
         self.sides = FreshSides(sides) if isinstance(sides, int) else sides
         self.sigma = sigma
+        self.scales: Mapping[str, float] = {}
         self.otherwise = otherwise
         self.forward_size = forward_size or ForwardSize()
         self.dense = DensePerturbation("gaussian", sigma)
@@ -82,6 +83,8 @@ class LowRankPerturbation:
         """See `Perturbation.ready`. What has been found of the model and kept of the noise is one for all steps."""
         result = copy(self)
         result.sides = self.sides.ready(key)
+        result.dense = copy(self.dense)
+        result.dense.scales = self.scales
         return result
 
     def evaluate(
@@ -145,7 +148,7 @@ class LowRankPerturbation:
             return self.dense.add_noise(keys, coefficients, shard, out)
         if form == "frozen":
             return None
-        c = coefficients.to(out.device, torch.float32)
+        c = (coefficients / self.scales.get(shard.name, 1.0)).to(out.device, torch.float32)
         if len(shard.shape) != 2:
             noise = self._drawn.recall(keys, shard.name, shard.start, shard.start + len(out))
             if noise is None:
@@ -213,13 +216,20 @@ class LowRankPerturbation:
             if len(shape) == 2:
                 b, a = self.sides.split(noise, names, shape)
                 self._drawn.keep(names, directions, [side.expand(-1, len(directions), -1, -1) for side in (b, a)])
-                b, a = (side.to(p.dtype).expand(-1, len(directions), -1, -1) for side in (b, a))
+                b, a = (side.to(p.dtype).expand(-1, len(directions), -1, -1) for side in (self._scaled(names, b), a))
                 factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
                 self._drawn.keep(names, directions, [noise])
-                factors.vectors.update(zip(names, noise.unflatten(-1, shape), strict=True))
+                factors.vectors.update(zip(names, self._scaled(names, noise).unflatten(-1, shape), strict=True))
         factors.share(hooks.same_input)
         return factors
+
+    def _scaled(self, names: Sequence[str], noise: Tensor) -> Tensor:
+        """Noise of some parameters (names, ...) times their factors of sigma; what is kept for the update stays as it was drawn."""
+        if not self.scales:
+            return noise
+        scales = torch.tensor([self.scales.get(name, 1.0) for name in names], device=noise.device)
+        return noise * scales.view(-1, *[1] * (noise.dim() - 1))
 
     def _rehearsed(self, engine: Engine, objective: Objective, batch: Any, names: Collection[str]) -> _Forms:
         key = (engine.model, frozenset(names))

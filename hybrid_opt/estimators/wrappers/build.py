@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from hybrid_opt.config.wrappers import LayerSubset, NormCap, Wrapper
+from hybrid_opt.config.wrappers import LayerSubset, NormCap, RelativeSigma, Wrapper
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.wrappers.layer_subset import LayerSubsetEstimator
 from hybrid_opt.estimators.wrappers.norm_cap import NormCapEstimator
+from hybrid_opt.estimators.wrappers.relative_sigma import RelativeSigmaEstimator
 
 
 def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
@@ -16,4 +17,6 @@ def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
                 estimator = LayerSubsetEstimator(estimator, wrapper)
             case NormCap():
                 estimator = NormCapEstimator(estimator, wrapper)
+            case RelativeSigma():
+                estimator = RelativeSigmaEstimator(estimator, wrapper)
     return estimator
