@@ -98,6 +98,11 @@ class StaleGradient(DirectStep):
 
     type: Literal["stale_gradient"]
 
+    @property
+    def needs_gradient(self) -> bool:
+        """It is one."""
+        return True
+
     def examples(self, batch_size: int) -> int:
         """None."""
         return 0

@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from hybrid_opt.config.perturbations import LowRankPerturbation, Perturbation
+from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
 from hybrid_opt.config.strict import PositiveFloat, PositiveInt
+from hybrid_opt.config.wrappers import SparseMask
 
 
 class Probing(DirectStep):
@@ -28,6 +29,16 @@ class Probing(DirectStep):
     examples_per_step: PositiveInt | None = None
     """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
     distinct_examples an even share)."""
+
+    @model_validator(mode="after")
+    def _masked_noise_is_dense(self):
+        masked = any(isinstance(wrapper, SparseMask) for wrapper in self.wrappers)
+        if masked and not isinstance(self.perturbation, DensePerturbation):
+            raise ValueError(
+                f"wrappers: sparse_mask picks single values, and {self.perturbation.type} noise under a mask is low rank no more; write "
+                "perturbation: {type: dense}, or take sparse_mask off"
+            )
+        return self
 
     def examples(self, batch_size: int) -> int:
         """Examples that a member sees."""

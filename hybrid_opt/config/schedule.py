@@ -195,13 +195,13 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _stale_gradients_were_fresh(self):
+    def _backprop_leaves_gradients(self):
         acting = acting_names(self.schedule)
-        stale = [name for name in acting if isinstance(self.estimators[name], StaleGradient)]
-        if stale and not any(isinstance(self.estimators[name], Backprop) for name in acting):
+        needing = [name for name in acting if getattr(self.estimators[name], "needs_gradient", False)]
+        if needing and not any(isinstance(self.estimators[name], Backprop) for name in acting):
             raise ValueError(
-                f"{stale[0]!r} is stale_gradient, which applies the gradient of a backprop estimator again, but none acts; let "
-                f"one act too, such as pattern: {{backprop: 1, {stale[0]}: 9}}"
+                f"{needing[0]!r} is {self.estimators[needing[0]].type}, which uses gradients of a backprop estimator again, but none "
+                f"acts; let one act too, such as pattern: {{backprop: 1, {needing[0]}: 9}}"
             )
         return self
 

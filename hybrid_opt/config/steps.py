@@ -100,6 +100,11 @@ class DirectStep(LearningRate):
         return self
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs what backprop leaves behind."""
+        return any(getattr(wrapper, "needs_gradient", False) for wrapper in self.wrappers)
+
+    @property
     def forwards(self) -> int:
         """Forward passes a step, over the examples that each sees."""
         return 0
