@@ -5,11 +5,12 @@ applied from the inside out.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from hybrid_opt.config.strict import Decay, PositiveFloat, PositiveInt, Strict
+from hybrid_opt.config.strict import Decay, Number, PositiveFloat, PositiveInt, Strict
 
 
 class LayerSubset(Strict):
@@ -58,4 +59,58 @@ class ReplayedMomentum(Strict):
         return 0
 
 
-Wrapper = Annotated[LayerSubset | NormCap | ReplayedMomentum, Field(discriminator="type")]
+class RelativeSigma(Strict):
+    """Each parameter's sigma is `sigma s` with `s = max(rms, floor)`, rms the root of the mean square of its values.
+
+    Sigma is then a share of the weights' size. The estimate keeps the gradient's units: along a direction z weights are evaluated at
+    `w + sigma s z`, and the estimate adds up `z / s`. No forward pass and no memory more; weights are read once a refresh.
+    """
+
+    shapes_noise: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
+    directions_from_keys: ClassVar[bool] = False
+
+    type: Literal["relative_sigma"]
+    floor: PositiveFloat = 1e-3
+    """Smallest s, for parameters that are nearly 0, such as new biases."""
+    refresh: PositiveInt = 1
+    """Steps for which s is kept, counted from the run's first."""
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that are kept: a number for each parameter is not counted."""
+        return 0
+
+
+class SparseMask(Strict):
+    """Only a share of each parameter's values is perturbed and moved: directions are M z, M a diagonal of 0 and 1, and the estimate is of
+    M g. With q directions and d values in the mask its mean square error is `|M g|^2 (d + 1)/q + |g - M g|^2`.
+
+    Dense noise alone. No forward pass more; each rank keeps a bit for each weight (two with `sensitivity`), and weights or gradients
+    are read some five times to make a mask.
+    """
+
+    shapes_noise: ClassVar[bool] = True
+    replays: ClassVar[bool] = False
+    directions_from_keys: ClassVar[bool] = False
+
+    type: Literal["sparse_mask"]
+    keep: Annotated[float, Number, Field(gt=0, le=1)]
+    """Share of a parameter's values that is in the mask, rounded to whole values, one at least; equal values at its border are all in."""
+    by: Literal["small_magnitude", "sensitivity", "random"] = "small_magnitude"
+    """Which: the smallest weights (Sparse MeZO, arXiv 2402.15751); those with the largest squares of the latest gradient that backprop
+    took, without any whose gradient is 0 (arXiv 2406.02913; a parameter of which it has taken none yet has a random mask); or each
+    value with probability `keep`."""
+    refresh: PositiveInt = 100
+    """Steps for which a mask is kept, counted from the run's first."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether masks come from backprop."""
+        return self.by == "sensitivity"
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that are kept: a bit for each value, and another for the mask that comes next."""
+        return (2 if self.needs_gradient else 1) * sum(-(-prod(shape) // 8) for shape in shapes.values())
+
+
+Wrapper = Annotated[LayerSubset | NormCap | ReplayedMomentum | RelativeSigma | SparseMask, Field(discriminator="type")]
