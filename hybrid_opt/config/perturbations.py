@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -25,6 +25,8 @@ class DensePerturbation(Strict):
     backup: Literal["layer", "model"] = "layer"
     """Perturb each module while it runs, or write the whole model for each member and keep a copy of it: more memory, and
     faster where a member's evaluation calls the model many times, such as in generation."""
+
+    directions_from_keys: ClassVar[bool] = True
 
     def keeps(self, shapes: Mapping[str, tuple[int, ...]], directions: int) -> dict[str, int]:
         """Bytes beyond those of inference in float32: the weights of the module that runs, or of all."""

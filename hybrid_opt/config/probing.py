@@ -33,7 +33,7 @@ class Probing(DirectStep):
     @property
     def directions_from_keys(self) -> bool:
         """See `DirectStep`: unless the perturbation says otherwise."""
-        return getattr(self.perturbation, "directions_from_keys", True)
+        return self.perturbation.directions_from_keys
 
     @model_validator(mode="after")
     def _masked_noise_is_dense(self):

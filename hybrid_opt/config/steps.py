@@ -91,7 +91,7 @@ class DirectStep(LearningRate):
     def _replayed_estimates_come_from_keys(self):
         replaying = next((wrapper.type for wrapper in self.wrappers if wrapper.replays), None)
         for part in (self, *self.wrappers) if replaying else ():
-            if not getattr(part, "directions_from_keys", True):
+            if not part.directions_from_keys:
                 raise ValueError(
                     f"wrappers: {replaying} draws the directions of earlier steps again from their keys, but those of "
                     f"{part.type} depend on more (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which "
@@ -106,7 +106,7 @@ class DirectStep(LearningRate):
 
     @model_validator(mode="after")
     def _wrappers_find_noise(self):
-        shaping = [wrapper.type for wrapper in self.wrappers if getattr(wrapper, "shapes_noise", False)]
+        shaping = [wrapper.type for wrapper in self.wrappers if wrapper.shapes_noise]
         if shaping and not self.takes_shaped_noise:
             raise ValueError(
                 f"wrappers: {shaping[0]} changes the noise with which weights are perturbed, and {self.type} has no noise, or needs its "
@@ -124,7 +124,7 @@ class DirectStep(LearningRate):
     @property
     def needs_gradient(self) -> bool:
         """Whether it needs what backprop leaves behind."""
-        return any(getattr(wrapper, "needs_gradient", False) for wrapper in self.wrappers)
+        return any(wrapper.needs_gradient for wrapper in self.wrappers)
 
     @property
     def forwards(self) -> int:

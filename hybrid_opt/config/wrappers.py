@@ -13,35 +13,47 @@ from pydantic import Field
 from hybrid_opt.config.strict import Decay, Number, PositiveFloat, PositiveInt, Strict
 
 
-class LayerSubset(Strict):
-    """Each step estimates and moves only a random block of consecutive layers (others in other steps)."""
+class Wrapping(Strict):
+    """What wrappers have in common."""
 
     replays: ClassVar[bool] = False
+    """Whether it draws the directions of earlier steps again from their keys."""
+    directions_from_keys: ClassVar[bool] = True
+    """Whether directions still are functions of keys alone with it."""
+    shapes_noise: ClassVar[bool] = False
+    """Whether it changes the noise with which weights are perturbed."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs what backprop leaves behind."""
+        return False
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that are kept, of the size of the model or a part of it.
+
+        Args:
+            shapes: parameters that the estimator may move.
+        """
+        return 0
+
+
+class LayerSubset(Wrapping):
+    """Each step estimates and moves only a random block of consecutive layers (others in other steps)."""
 
     type: Literal["layer_subset"]
     layers: PositiveInt
     """Numbered layers in a block; all parameters without a layer's number (embeddings, last norm, head) count as one layer more."""
 
-    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes that are kept."""
-        return 0
 
-
-class NormCap(Strict):
+class NormCap(Wrapping):
     """An estimate longer than `norm` is scaled down to that length; its noise is drawn once more to measure it."""
-
-    replays: ClassVar[bool] = False
 
     type: Literal["norm_cap"]
     norm: PositiveFloat
     """Largest norm of the estimate over all parameters, in gradient units."""
 
-    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes that are kept."""
-        return 0
 
-
-class ReplayedMomentum(Strict):
+class ReplayedMomentum(Wrapping):
     """Momentum without a buffer: the estimates of the last steps, made again from their keys. No forward pass and no memory of the
     model's size; each update draws the noise of `window` steps instead of one. Where a float32 value a weight fits,
     `update: {type: momentum}` is faster and sums over all steps."""
@@ -54,12 +66,8 @@ class ReplayedMomentum(Strict):
     window: PositiveInt = 32
     """Latest estimates that are summed; what is left out weighs beta^window and less (0.034 for 0.9 and 32)."""
 
-    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes of the model's size that are kept: none, for keys and coefficients are a few bytes a direction."""
-        return 0
 
-
-class RelativeSigma(Strict):
+class RelativeSigma(Wrapping):
     """Each parameter's sigma is `sigma s` with `s = max(rms, floor)`, rms the root of the mean square of its values.
 
     Sigma is then a share of the weights' size. The estimate keeps the gradient's units: along a direction z weights are evaluated at
@@ -67,7 +75,6 @@ class RelativeSigma(Strict):
     """
 
     shapes_noise: ClassVar[bool] = True
-    replays: ClassVar[bool] = False
     directions_from_keys: ClassVar[bool] = False
 
     type: Literal["relative_sigma"]
@@ -76,12 +83,8 @@ class RelativeSigma(Strict):
     refresh: PositiveInt = 1
     """Steps for which s is kept, counted from the run's first."""
 
-    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Bytes that are kept: a number for each parameter is not counted."""
-        return 0
 
-
-class SparseMask(Strict):
+class SparseMask(Wrapping):
     """Only a share of each parameter's values is perturbed and moved: directions are M z, M a diagonal of 0 and 1, and the estimate is of
     M g. With q directions and d values in the mask its mean square error is `|M g|^2 (d + 1)/q + |g - M g|^2`.
 
@@ -90,7 +93,6 @@ class SparseMask(Strict):
     """
 
     shapes_noise: ClassVar[bool] = True
-    replays: ClassVar[bool] = False
     directions_from_keys: ClassVar[bool] = False
 
     type: Literal["sparse_mask"]
