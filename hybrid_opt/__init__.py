@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hybrid_opt.estimators.backprop import BackpropEstimator
     from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum
     from hybrid_opt.estimators.es import EsEstimator
-    from hybrid_opt.estimators.noise import Key
     from hybrid_opt.models.loading import load_model, load_tokenizer
+    from hybrid_opt.noise.keys import Key
     from hybrid_opt.objectives.contract import FunctionObjective, Objective
     from hybrid_opt.objectives.judging import Judge
     from hybrid_opt.objectives.reward import RewardData, RewardObjective
@@ -40,7 +40,7 @@ _HOMES = {
     "estimators.backprop": ("BackpropEstimator",),
     "estimators.contract": ("Cost", "Estimate", "Estimator", "WeightedSum"),
     "estimators.es": ("EsEstimator",),
-    "estimators.noise": ("Key",),
+    "noise.keys": ("Key",),
     "models.loading": ("load_model", "load_tokenizer"),
     "objectives.contract": ("FunctionObjective", "Objective"),
     "objectives.judging": ("Judge",),

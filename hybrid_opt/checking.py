@@ -15,8 +15,8 @@ from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.models.inventory import inventory
+from hybrid_opt.perturbations.refusal import refusal
 from hybrid_opt.scheduling.policy import Policy, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals

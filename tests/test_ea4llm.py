@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import HybridOptimizer, Key, load_schedule
 from hybrid_opt.config.data import Data
-from hybrid_opt.estimators.noise import gaussian
+from hybrid_opt.noise.drawing import gaussian
 from hybrid_opt.objectives.batches import ShuffledBatches
 from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
 from hybrid_opt.objectives.data import load_splits

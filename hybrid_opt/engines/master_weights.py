@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.rounding import round_stochastically
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 
 
 class MasterWeights:

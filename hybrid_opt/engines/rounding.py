@@ -8,8 +8,9 @@ being drawn anew: over n steps the share of roundings up is then right to about 
 import torch
 from torch import Tensor
 
-from hybrid_opt.estimators import noise_cpu, noise_torch
-from hybrid_opt.estimators.noise import Key, block_size, key_blocks
+from hybrid_opt.noise import numba_kernels, torch_kernels
+from hybrid_opt.noise.drawing import block_size, key_blocks
+from hybrid_opt.noise.keys import Key
 
 GOLDEN = 40503
 """2^16 / golden ratio, odd, so that all of the 2^16 thresholds come up equally often."""
@@ -31,7 +32,7 @@ def round_stochastically(wide: Tensor, out: Tensor, key: Key, step: int, start: 
     shift = step * GOLDEN & 0xFFFF
     for words, index, place in key_blocks([key], start, len(wide)):
         if wide.device.type == "cpu":
-            noise_cpu.round_up_or_down(words, index, shift, wide[place], out[place])
+            numba_kernels.round_up_or_down(words, index, shift, wide[place], out[place])
         else:
             _round_by_torch(words, index, shift, wide[place], out[place])
 
@@ -42,7 +43,7 @@ def _round_by_torch(words: Tensor, start: int, shift: int, wide: Tensor, out: Te
     for at in range(0, len(wide), block):
         part = wide[at : at + block]
         drawn = torch.empty(1, len(part), device=wide.device)
-        noise_torch.fill("bits", words, start + at, drawn)
+        torch_kernels.fill("bits", words, start + at, drawn)
         # Adding a number below 2^16 to the bits of a float32 and cutting off the lower 16 rounds its magnitude up or down;
         # an infinite or NaN value would be changed to another such one, so it is left alone.
         dither = (drawn[0].int() + shift).bitwise_and_(0xFFFF)

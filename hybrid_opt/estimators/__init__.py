@@ -1,2 +1,3 @@
-"""Gradient estimates. Reading order: `contract.py`, `noise.py`, `shaping.py`, `perturbation.py`, `dense.py`, `low_rank.py`,
-`member_hooks.py`, `es.py`, `modes.py`, `backprop.py`, `stale_gradient.py`, `followers.py`."""
+"""Gradient estimates. Reading order: `contract.py`, `../noise/`, `../perturbations/`, `probing.py`, `fitness.py`, `shaping.py`, `es.py`,
+`pairs.py`, `spsa.py`, `align.py`, `fzoo.py`, `guided/`, `forward_gradient.py`, `backprop.py`, `stale_gradient.py`, `followers.py`,
+`wrappers/`."""

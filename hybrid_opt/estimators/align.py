@@ -12,13 +12,14 @@ import torch
 
 from hybrid_opt.config.align import Align
 from hybrid_opt.engines.contract import Engine, whole_shape
+from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.gram import cholesky
-from hybrid_opt.estimators.inner_products import inner_products
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.pairs import odd_and_even, pair_statistics
-from hybrid_opt.estimators.probing import NoiseSum, Probe, build_perturbation, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations.build import build_perturbation
+from hybrid_opt.perturbations.gram import cholesky
 
 
 class AlignEstimator:

@@ -18,7 +18,7 @@ from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost, Estimate
 from hybrid_opt.estimators.modes import training_mode
-from hybrid_opt.estimators.noise import Key, StepKey
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 
 BACKWARD, CHECKPOINTED_BACKWARD = 2.0, 3.0

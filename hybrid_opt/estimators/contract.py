@@ -1,5 +1,5 @@
-"""What an estimator is and what it gives back. Next: `noise.py`, then `es.py`, `backprop.py` and
-`stale_gradient.py`.
+"""What an estimator is and what it gives back. Next: `../noise/keys.py`, `../perturbations/contract.py`, then `probing.py`,
+`backprop.py` and `stale_gradient.py`.
 
 One idea: everything that wants to move the weights is an Estimate that can be read shard by shard. A weighted sum of
 Estimates is an Estimate, and this is all that blending, alternating and per-layer choice need.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 

@@ -15,13 +15,14 @@ from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.fitness import Fitness, fitness
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.pairs import pair_statistics
-from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.population import PopulationWatch
-from hybrid_opt.estimators.probing import NoiseSum, Probe, build_perturbation, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
 from hybrid_opt.estimators.shaping import FITNESS_SHAPING
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations.build import build_perturbation
+from hybrid_opt.perturbations.contract import Member
 
 
 class EsEstimator:

@@ -1,4 +1,4 @@
-"""Exact slopes along random directions, by forward-mode differentiation. Next: `swapping.py`.
+"""Exact slopes along random directions, by forward-mode differentiation. Next: `../perturbations/swapping.py`.
 
 One idea: weights with a tangent take the place of a module's own while it runs, and the losses that come out carry their slope along
 that tangent with them. Nothing is recorded for a backward pass, so tangents live as long as the values that they belong to.
@@ -17,13 +17,14 @@ from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.engines.contract import Engine, is_spread
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.modes import training_mode
-from hybrid_opt.estimators.noise import DISTRIBUTIONS, Key, StepKey
 from hybrid_opt.estimators.probing import NoiseSum
-from hybrid_opt.estimators.rehearsal import rehearse
-from hybrid_opt.estimators.swapping import owners_of, while_running
+from hybrid_opt.noise.drawing import DISTRIBUTIONS
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
+from hybrid_opt.perturbations.dense import DensePerturbation
+from hybrid_opt.perturbations.rehearsal import rehearse
+from hybrid_opt.perturbations.swapping import owners_of, while_running
 
 DUAL_FORWARD = 3.0
 """Forward passes that take as much computing as one that carries slopes: each product `x W` becomes `x W`, `x' W` and `x W'` (on a

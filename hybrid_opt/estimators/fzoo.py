@@ -14,10 +14,11 @@ from torch import Tensor
 from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.noise import Key, StepKey
-from hybrid_opt.estimators.perturbation import Member
-from hybrid_opt.estimators.probing import NoiseSum, Probe, build_perturbation
+from hybrid_opt.estimators.probing import NoiseSum, Probe
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations.build import build_perturbation
+from hybrid_opt.perturbations.contract import Member
 
 
 @dataclass(frozen=True)

@@ -12,23 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybrid_opt.config.perturbations import DensePerturbation as DenseConfig
-from hybrid_opt.config.perturbations import LazySubspace
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and
-from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.fitness import worst_for_missing
-from hybrid_opt.estimators.forward_size import ForwardSize
-from hybrid_opt.estimators.low_rank import LowRankPerturbation
-from hybrid_opt.estimators.mixed_directions import directions_of
 from hybrid_opt.estimators.modes import training_mode
-from hybrid_opt.estimators.noise import Key
-from hybrid_opt.estimators.perturbation import Member, Perturbation
-from hybrid_opt.estimators.sides import LazySides
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import Generates, Objective, Tally, count_examples, count_tokens, select
+from hybrid_opt.perturbations.contract import Member, Perturbation
 
 
 @dataclass(frozen=True)
@@ -171,18 +164,6 @@ def observed(tally: Tally, ranks: Ranks) -> tuple[dict[str, float], int]:
     totals = {name: total for name, (total, _) in zip(seen, sums, strict=True)}
     means = {name: total / max(1, count) for name, (total, count) in zip(seen, sums, strict=True)}
     return means | {"reward_errors": totals["reward_errors"]}, int(totals["completion_tokens"])
-
-
-def build_perturbation(config: Probing) -> Perturbation:
-    """The perturbation that an estimator's configuration describes."""
-    members = None if config.members_per_forward == "auto" else config.members_per_forward
-    size = ForwardSize(members, config.micro_batch_size)
-    form = config.perturbation
-    if isinstance(form, DenseConfig):
-        directions = directions_of(form.distribution)
-        return DensePerturbation(directions, config.sigma, whole_model=form.backup == "model", forward_size=size)
-    sides = LazySides(form) if isinstance(form, LazySubspace) else form.noise_rank
-    return LowRankPerturbation(sides, config.sigma, otherwise=form.otherwise, forward_size=size)
 
 
 def _tokens(batch: Any, examples: Tensor | None, members: int) -> int:

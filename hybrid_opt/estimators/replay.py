@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Estimate, Restricted, WeightedSum
-from hybrid_opt.estimators.noise import Key, StepKey
-from hybrid_opt.estimators.perturbation import Perturbation
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key, StepKey
+from hybrid_opt.perturbations.contract import Perturbation
 
 
 @dataclass(frozen=True)

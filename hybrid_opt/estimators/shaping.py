@@ -1,4 +1,4 @@
-"""Fitness shaping: members' losses become the weights w of their noise directions. Next: `perturbation.py`."""
+"""Fitness shaping: members' losses become the weights w of their noise directions. Next: `es.py`."""
 
 from collections.abc import Callable
 

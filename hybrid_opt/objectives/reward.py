@@ -18,7 +18,7 @@ from hybrid_opt.config.data import Data
 from hybrid_opt.config.rewards import FUNCTION, Generation, Reward, RewardFunction
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.fitness import worst_for_missing
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import import_function
 from hybrid_opt.objectives.examples import encode_questions
 from hybrid_opt.objectives.judging import COMPLETED, Judge, Judges, RewardCall, Verdict

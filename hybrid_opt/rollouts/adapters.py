@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.factors import Factors
-from hybrid_opt.estimators.swapping import owners_of
+from hybrid_opt.perturbations.factors import Factors
+from hybrid_opt.perturbations.swapping import owners_of
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of the model's modules."""

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.contract import is_spread
-from hybrid_opt.estimators.factors import active_factors
 from hybrid_opt.objectives.language_model import pad_token
+from hybrid_opt.perturbations.factors import active_factors
 from hybrid_opt.rollouts.choosing import build_choice
 from hybrid_opt.rollouts.contract import Completions, end_tokens
 from hybrid_opt.rollouts.prefill import Prefill, sharing

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hybrid_opt.estimators.factors import Factors
 from hybrid_opt.objectives.language_model import forward_of
+from hybrid_opt.perturbations.factors import Factors
 from hybrid_opt.rollouts.shared_layers import SharedLayers, decoder_layers, part_caches, parted_after
 
 WORTHWHILE = 32

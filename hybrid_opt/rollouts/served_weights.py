@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid_opt.estimators.noise import block_size
+from hybrid_opt.noise.drawing import block_size
 
 SHARED_MEMORY = Path("/dev/shm")
 """A file system in main memory, on Linux."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache
 
-from hybrid_opt.estimators.factors import Factors
-from hybrid_opt.estimators.swapping import owners_of
+from hybrid_opt.perturbations.factors import Factors
+from hybrid_opt.perturbations.swapping import owners_of
 
 
 class SharedLayers:

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.factors import Factors, active_factors
-from hybrid_opt.estimators.swapping import modules_swap_weights
+from hybrid_opt.perturbations.factors import Factors, active_factors
+from hybrid_opt.perturbations.swapping import modules_swap_weights
 from hybrid_opt.rollouts.adapters import export_adapters, refuse_adapted
 from hybrid_opt.rollouts.contract import Completions, end_tokens
 from hybrid_opt.rollouts.served_weights import checksum, new_folder, weight_bytes, written

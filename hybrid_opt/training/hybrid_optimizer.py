@@ -28,8 +28,8 @@ from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import Compared
 from hybrid_opt.estimators.contract import Cost, Estimate, WeightedSum
 from hybrid_opt.estimators.followers import Followers
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.remembering import memories, recall
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies

@@ -15,7 +15,8 @@ from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.rounding import _round_by_torch, round_stochastically
 from hybrid_opt.engines.update_rules import build_rule
-from hybrid_opt.estimators.noise import Key, key_blocks
+from hybrid_opt.noise.drawing import key_blocks
+from hybrid_opt.noise.keys import Key
 from tests.engines.test_local import Given
 
 KEY = Key((0, "rounding")).fold("w")

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybrid_opt import HybridOptimizer, UserError
 from hybrid_opt.config.engines import LocalEngine, ZeroEngine
 from hybrid_opt.config.rewards import Generation
+from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.engines.zero import join_ranks
-from hybrid_opt.estimators.inner_products import inner_products
-from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.objectives.reward import RewardObjective

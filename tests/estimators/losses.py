@@ -5,7 +5,7 @@ from torch import nn
 
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.contract import Estimator
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 
 

@@ -9,9 +9,9 @@ from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.align import AlignEstimator
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.estimators.spsa import SpsaEstimator
+from hybrid_opt.noise.keys import StepKey
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import errors_and_cosines, near, quadratic, read_all
 

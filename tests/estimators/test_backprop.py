@@ -6,7 +6,7 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 from hybrid_opt import HybridOptimizer
 from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.local import LocalEngine
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.estimators.spsa import SpsaEstimator
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import quadratic, read_all

@@ -15,7 +15,8 @@ from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.es import EsEstimator
-from hybrid_opt.estimators.noise import Key, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import GLASS, tiny_model, token_batch, token_losses
 from tests.estimators.losses import errors_and_cosines, quadratic, read_all

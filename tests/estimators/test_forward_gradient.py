@@ -9,7 +9,8 @@ from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.forward_gradient import ForwardGradientEstimator
-from hybrid_opt.estimators.noise import StepKey, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import errors_and_cosines, near

@@ -10,8 +10,8 @@ from hybrid_opt import HybridOptimizer
 from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.fzoo import FzooEstimator
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import LinearLoss, near, quadratic, read_all

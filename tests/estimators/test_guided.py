@@ -11,7 +11,7 @@ from hybrid_opt.estimators.guided.directions import GuidedDirections
 from hybrid_opt.estimators.guided.estimator import GuidedEstimator
 from hybrid_opt.estimators.guided.span import span
 from hybrid_opt.estimators.guided.storage import Guide, StoredValues, sketched
-from hybrid_opt.estimators.noise import Key, StepKey
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.training.progress import Silence
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses

@@ -6,8 +6,8 @@ import torch
 from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.es import EsEstimator
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.shaping import leave_one_out
+from hybrid_opt.noise.keys import StepKey
 from tests.estimators.losses import errors_and_cosines, near, quadratic, read_all
 
 

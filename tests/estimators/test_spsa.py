@@ -7,8 +7,9 @@ from hybrid_opt import HybridOptimizer
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.es import EsEstimator
-from hybrid_opt.estimators.noise import StepKey, gaussian
 from hybrid_opt.estimators.spsa import SpsaEstimator
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import StepKey
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import errors_and_cosines, near, quadratic, read_all
 

@@ -13,7 +13,7 @@ from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.es import EsEstimator
-from hybrid_opt.estimators.noise import Key
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import select
 from hybrid_opt.objectives.judging import Judge
 from hybrid_opt.objectives.reward import RewardData, RewardObjective

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.factors import active_factors
-from hybrid_opt.estimators.low_rank import LowRankPerturbation
-from hybrid_opt.estimators.member_hooks import MemberHooks
-from hybrid_opt.estimators.noise import Key
-from hybrid_opt.estimators.perturbation import Member
+from hybrid_opt.noise.keys import Key
+from hybrid_opt.perturbations.contract import Member
+from hybrid_opt.perturbations.factors import active_factors
+from hybrid_opt.perturbations.low_rank import LowRankPerturbation
+from hybrid_opt.perturbations.member_hooks import MemberHooks
 from hybrid_opt.rollouts.adapters import export_adapters, refuse_what_adapters_cannot_carry, why_no_adapter
 from tests.conftest import GLASS, tiny_model, token_batch
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_opt.estimators.noise import Key, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import Key
 
 
 @dataclass(frozen=True)

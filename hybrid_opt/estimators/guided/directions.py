@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.guided.storage import Guide
-from hybrid_opt.estimators.noise import Key, StepKey, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import Key, StepKey
 
 
 @dataclass(frozen=True)

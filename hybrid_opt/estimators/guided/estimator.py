@@ -15,15 +15,16 @@ from torch import Tensor
 from hybrid_opt.config.guided import Guided, MixedCovariance
 from hybrid_opt.engines.contract import Engine, Shard, whole_shape
 from hybrid_opt.estimators.contract import Cost, Estimate, Gradient
-from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.guided.designs import ExactDesign, MixedDesign, standard_normal
 from hybrid_opt.estimators.guided.directions import GuidedDirections
 from hybrid_opt.estimators.guided.span import Span, span
 from hybrid_opt.estimators.guided.storage import Guide, restored_guide, stored_guide
-from hybrid_opt.estimators.noise import Key, StepKey
 from hybrid_opt.estimators.pairs import odd_and_even
-from hybrid_opt.estimators.probing import NoiseSum, Probe, build_perturbation, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations.build import build_perturbation
+from hybrid_opt.perturbations.dense import DensePerturbation
 
 MEMORY = 0.5
 """Weight of the energies that steps before have found, against 1 for those of this step."""

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
-from hybrid_opt.estimators.dense import DensePerturbation
+from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.estimators.guided.storage import Guide
-from hybrid_opt.estimators.inner_products import inner_products
-from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key
+from hybrid_opt.perturbations.dense import DensePerturbation
 
 NEW_SHARE = 1e-4
 """Least share of a guide's energy that must lie outside the span of those before it: less is the rounding of float32."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from hybrid_opt.config.guided import Sketch, Storage
 from hybrid_opt.engines.contract import Engine, Shard, whole_shape
 from hybrid_opt.estimators.contract import zeros_and
-from hybrid_opt.estimators.noise import Key, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import Key
 
 DTYPES = {"full": torch.float32, "bfloat16": torch.bfloat16, "cpu": torch.float32}
 OVERSAMPLING = 8

@@ -10,7 +10,7 @@ from hybrid_opt.config.wrappers import LayerSubset
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, Restricted
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.scheduling.policy import layer_number
 

@@ -10,8 +10,8 @@ from typing import Any
 from hybrid_opt.config.wrappers import ReplayedMomentum
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum, chain
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.replay import Replay, replays_of
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 

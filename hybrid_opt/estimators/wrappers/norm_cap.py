@@ -1,4 +1,4 @@
-"""Estimates of limited length. Next: `../inner_products.py`.
+"""Estimates of limited length. Next: `../../engines/inner_products.py`.
 
 One idea: the length of an estimate is known only when all of it has been read once, so it is read once more to be applied.
 """
@@ -9,9 +9,9 @@ from typing import Any
 
 from hybrid_opt.config.wrappers import NormCap
 from hybrid_opt.engines.contract import Engine
+from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum
-from hybrid_opt.estimators.inner_products import inner_products
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 

@@ -11,9 +11,9 @@ import torch
 
 from hybrid_opt.config.wrappers import RelativeSigma
 from hybrid_opt.engines.contract import Engine, whole_shape
+from hybrid_opt.engines.inner_products import blocks
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, innermost
-from hybrid_opt.estimators.inner_products import blocks
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
 

@@ -1,4 +1,4 @@
-"""Perturbations and steps of a share of the values alone. Next: `../masks.py`, `../masked_directions.py`.
+"""Perturbations and steps of a share of the values alone. Next: `../../perturbations/masks.py`, `../../perturbations/masked_directions.py`.
 
 One idea: a mask is decided once for many steps and kept, so evaluations and updates use the same one though weights move in between.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hybrid_opt.config.wrappers import SparseMask
 from hybrid_opt.engines.contract import Engine
-from hybrid_opt.estimators import masks
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, Gradient, innermost
-from hybrid_opt.estimators.masked_directions import Masked, around_innermost
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.perturbations import masks
+from hybrid_opt.perturbations.masked_directions import Masked, around_innermost
 
 
 class SparseMaskEstimator:

@@ -9,8 +9,8 @@ from hybrid_opt import HybridOptimizer
 from hybrid_opt.config.wrappers import LayerSubset
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.wrappers.layer_subset import LayerSubsetEstimator
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.scheduling.policy import layer_number
 from tests.conftest import tiny_model, token_batch, token_losses

@@ -5,8 +5,8 @@ import torch
 
 from hybrid_opt.config.wrappers import NormCap
 from hybrid_opt.engines.local import LocalEngine
-from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.estimators.wrappers.norm_cap import NormCapEstimator
+from hybrid_opt.noise.keys import StepKey
 from tests.estimators.losses import quadratic, read_all
 from tests.estimators.test_spsa import build
 

@@ -10,7 +10,7 @@ from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.contract import innermost
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import LinearLoss, errors_and_cosines, near, read_all

@@ -12,9 +12,9 @@ from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.contract import innermost
-from hybrid_opt.estimators.masks import size_of, unpacked
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
+from hybrid_opt.perturbations.masks import size_of, unpacked
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import LinearLoss, near, read_all
 
