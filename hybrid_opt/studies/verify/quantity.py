@@ -15,8 +15,11 @@ from torch import Tensor
 
 STANDARD_ERRORS = 4.5
 """To each side, for many repeats."""
-RESOLUTION = 0.2
+RESOLUTION = 0.25
 """Half an interval is at most this share of what theory says. An estimate that is 1.3 times too long has 1.69 times the square."""
+
+WHOLE_RESOLUTION = 0.5
+"""The same for the cosine on a whole real model, where estimates are dear."""
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,27 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from hybrid_opt.studies.verify.quantity import RESOLUTION, Quantity
+from hybrid_opt.studies.verify.quantity import RESOLUTION, WHOLE_RESOLUTION, Quantity
 
 VERDICTS = {True: "pass", False: "[bold]FAIL[/bold]", None: ""}
 
 
-def verify_table(rows: Sequence[Quantity]) -> Table:
-    """Theory against measurement, a row each."""
+KNOWN = f"at most {RESOLUTION:.0%} of theory to each side"
+REAL = f"for a whole model at most {WHOLE_RESOLUTION:.0%} of theory to each side"
+"""How wide intervals may be."""
+
+
+def verify_table(rows: Sequence[Quantity], title: str, widths: str) -> Table:
+    """Theory against measurement, a row each.
+
+    Args:
+        widths: `KNOWN` or `REAL`.
+    """
     table = Table(
-        caption=f"pass: theory lies in the interval, which is at most {RESOLUTION:.0%} of theory to each side; all intervals together hold "
-        "theory with probability 99.9 %; no interval: nothing random, equal to the last bit or to float32's rounding",
+        title=title,
+        title_justify="left",
+        caption=f"pass: theory lies in the interval, which is {widths}; all intervals together hold theory with probability 99.9 %; "
+        "no interval: nothing random, equal to the last bit or to float32's rounding",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
