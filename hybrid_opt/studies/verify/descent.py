@@ -26,7 +26,7 @@ def one_step_descent(trials: Trials) -> Iterator[Quantity]:
     hybrid = HybridOptimizer(loss, lambda model, batch: model(batch), schedule=document, seed=trials.seed)
     start, batch, changes = loss.w.detach().clone(), loss.batch(), []
     before = loss(batch).item()
-    for _ in trials.repeats(2500):
+    for _ in trials.repeats(1800):
         hybrid.step(batch)
         changes.append(loss(batch).item() - before)
         loss.w.data.copy_(start)

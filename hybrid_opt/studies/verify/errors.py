@@ -26,19 +26,19 @@ def mean_square_errors(trials: Trials) -> Iterator[Quantity]:
     }
     for distribution, law in laws.items():
         form = {"type": "dense", "distribution": distribution}
-        samples = trials.of_linear(1000, type="spsa", pairs=PAIRS, perturbation=form)
+        samples = trials.of_linear(700, type="spsa", pairs=PAIRS, perturbation=form)
         yield mean_of(f"MSE of spsa, {distribution}", law, error_of(samples))
 
 
 def forward_gradient_errors(trials: Trials) -> Iterator[Quantity]:
     """Slopes by forward-mode differentiation have the error of exact ones: `(n - 1)/k` for k Rademacher tangents (arXiv 2202.08587)."""
-    samples = trials.of_linear(700, type="forward_gradient", tangents=PAIRS)
+    samples = trials.of_linear(600, type="forward_gradient", tangents=PAIRS)
     yield mean_of("MSE of forward_gradient, rademacher", (VALUES - 1) / PAIRS, error_of(samples))
 
 
 def low_rank_errors(trials: Trials) -> Iterator[Quantity]:
     """`E|a - g|^2 / |g|^2 = (mn + 1 + 2 (m + n + 1)/r) / q` for directions `B^T A / sqrt(r)` of one matrix (EGGROLL, arXiv 2511.16652)."""
-    for rank, repeats in ((1, 3500), (4, 1500), (64, 1000)):
+    for rank, repeats in ((1, 3500), (4, 1500), (64, 900)):
         law = (VALUES + 1 + 2 * (M + N + 1) / rank) / PAIRS
         form = {"type": "low_rank", "noise_rank": rank}
         samples = trials.of_linear(repeats, type="spsa", pairs=PAIRS, perturbation=form)
@@ -52,7 +52,7 @@ def cosine_and_shrinkage(trials: Trials) -> Iterator[Quantity]:
     The cosine's is the law `cos = 1 / sqrt(1 + n/q)` without its approximation.
     """
     options = {"type": "es", "population_size": 2 * PAIRS, "fitness_shaping": "none", "perturbation": DENSE}
-    samples = trials.of_linear(1200, **options)
+    samples = trials.of_linear(800, **options)
     along, squared = samples.unbind(1)
     yield mean_of("squared cosine of es with the gradient", 1 / (1 + (VALUES - 1) / PAIRS), along.square() / squared)
     best = PAIRS / (PAIRS + VALUES + 1)
@@ -64,7 +64,7 @@ def averaging(trials: Trials) -> Iterator[Quantity]:
 
     The best multiple of a mean of q slopes explains `q / (q + n + 1)`, since `E|a|^2 = |g|^2 (1 + (n + 1)/q)`.
     """
-    samples = trials.of_linear(200, type="spsa", pairs=VALUES, perturbation=DENSE)
+    samples = trials.of_linear(60, type="spsa", pairs=VALUES, perturbation=DENSE)
     law = VALUES / (2 * VALUES + 1)
     yield function_of_means("share of |g|^2 in averages of q = n", law, samples, squared_cosine)
 
@@ -72,5 +72,5 @@ def averaging(trials: Trials) -> Iterator[Quantity]:
 def projection(trials: Trials) -> Iterator[Quantity]:
     """Projecting on the span of q directions explains `q/n` of |g|^2, so the mean square error is `1 - q/n`, and is 0 for q = n."""
     for pairs in (VALUES // 4, VALUES // 2):
-        samples = trials.of_linear(300, type="align", pairs=pairs, perturbation=DENSE)
+        samples = trials.of_linear(100, type="align", pairs=pairs, perturbation=DENSE)
         yield mean_of(f"MSE of align, q = {pairs} of n = {VALUES}", 1 - pairs / VALUES, error_of(samples))

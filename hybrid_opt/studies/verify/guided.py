@@ -66,8 +66,8 @@ def threshold(trials: Trials) -> Iterator[Quantity]:
     The best multiple of an estimate explains `rho^2 P / (P + k + 1)` in the span and `P / (P + n + 1)` everywhere.
     """
     rho2 = (PAIRS + 1 + 1) / (PAIRS + VALUES + 1)
-    inside = _with_guide(trials, 700, rho2, form={"type": "mixed_covariance", "alpha": 1e-9})
-    everywhere = trials.of_linear(700, type="spsa", pairs=PAIRS, perturbation=DENSE)
+    inside = _with_guide(trials, 500, rho2, form={"type": "mixed_covariance", "alpha": 1e-9})
+    everywhere = trials.of_linear(500, type="spsa", pairs=PAIRS, perturbation=DENSE)
 
     def quotient(mean: Tensor) -> Tensor:
         in_span, plain = mean[..., 0].square() / mean[..., 1], mean[..., 2].square() / mean[..., 3]

@@ -32,7 +32,7 @@ def rounded_updates(trials: Trials) -> Iterator[Quantity]:
     """
     laws = {"none": _nearest(), "stochastic_rounding": _at_random()}
     for master_weights, law in laws.items():
-        samples = torch.stack([_arrived(master_weights, trials, repeat) for repeat in range(20)])
+        samples = torch.stack([_arrived(master_weights, trials, repeat) for repeat in range(60)])
         yield function_of_means(f"cosine of a bf16 update, {master_weights}", law, samples, _cosine, resolution=0.02)
     arrived = _cosine(_arrived("fp32", trials, 0)).item()
     yield exactly("cosine of a bf16 model's update, fp32 masters", 1.0, arrived, tolerance=1e-6)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from hybrid_opt.studies.verify.quantity import RESOLUTION, WHOLE_RESOLUTION, Quantity
 
@@ -22,7 +23,7 @@ def verify_table(rows: Sequence[Quantity], title: str, widths: str) -> Table:
         widths: `KNOWN` or `REAL`.
     """
     table = Table(
-        title=title,
+        title=Text(title),
         title_justify="left",
         caption=f"pass: theory lies in the interval, which is {widths}; all intervals together hold theory with probability 99.9 %; "
         "no interval: nothing random, equal to the last bit or to float32's rounding",
