@@ -269,7 +269,10 @@ def verify(
     prompt: Annotated[Optional[str], typer.Option(help="As data.prompt.", show_default=False)] = None,
     completion: Annotated[Optional[str], typer.Option(help="As data.completion.", show_default=False)] = None,
     text: Annotated[Optional[str], typer.Option(help="As data.text: the column of text.", show_default=False)] = None,
-    estimates: Annotated[int, typer.Option(min=8, help="Of each estimator on a real model.")] = 16,
+    directions: Annotated[
+        int,
+        typer.Option(min=128, help="On a real model, of each estimator in all its estimates; 16 estimates at least."),
+    ] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Decides all noise of the measurements on known losses.")] = 0,
     json_file: Annotated[
         Optional[Path], typer.Option("--json", metavar="FILE", help="Write the rows there.", show_default=False)
@@ -301,7 +304,7 @@ def verify(
         known = list(measured(Trials(seed), line.show))
         line.show("")
         console.print(verify_table(known, "losses with known gradients", KNOWN))
-        found = list(real.measured(estimates, line.show)) if chosen else []
+        found = list(real.measured(directions, line.show)) if chosen else []
     if found:
         console.print(verify_table(found, f"{chosen[0].model.name or 'model'} on {chosen[0].data.train}", REAL))
     rows = [*known, *found]

@@ -10,15 +10,17 @@ import torch
 import yaml
 
 from hybrid_opt import cli
+from hybrid_opt.config.estimators import StaleGradient
 from hybrid_opt.config.probing import Spsa
 from hybrid_opt.estimators import dense
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.studies.verify import errors, exactness, guided, registry, shaping
 from hybrid_opt.studies.verify.laws import Part, expected_dimension
 from hybrid_opt.studies.verify.quantity import STANDARD_ERRORS, _quantile, exactly, function_of_means, mean_of
-from hybrid_opt.studies.verify.real_model import layer_groups
+from hybrid_opt.studies.verify.real_model import estimates_for, layer_groups
 from hybrid_opt.studies.verify.sampling import Trials
 from hybrid_opt.studies.verify.subject import ESTIMATORS
+from hybrid_opt.studies.verify.writing import verdict
 from tests.conftest import GLASS, SPAM, run_document
 
 FIELDS = ["quantity", "theory", "measured", "low", "high", "passed"]
@@ -147,6 +149,16 @@ def test_intervals_leave_out_what_a_normal_variable_would(freedom):
     assert tail == pytest.approx(normal, rel=0.02 if freedom > 50 else 0.8)
 
 
+def test_a_verdict_says_which_intervals_are_too_wide():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(0)) + 3
+    rows = [mean_of("wide", 3.0, values, 0.01), mean_of("off", 9.0, values), exactly("right", 1, 1)]
+    assert verdict(rows).splitlines() == [
+        "1 of 3 pass",
+        "failed: wide (its interval is too wide to tell)",
+        "failed: off",
+    ]
+
+
 def test_what_is_exact_is_equal():
     assert exactly("bits", 0, 0).passed
     assert not exactly("bits", 0, 1e-30).passed
@@ -208,12 +220,20 @@ def test_a_model_and_rows_are_enough(monkeypatch, tmp_path, capsys):
     rows.write_text(
         "".join(json.dumps({"text": f"Number {i} is a number like any other. " * 5}) + "\n" for i in range(40))
     )
-    arguments = ("--model", GLASS, "--data", rows, "--text", "text", "--estimates", 8)
+    arguments = ("--model", GLASS, "--data", rows, "--text", "text", "--directions", 128)
     monkeypatch.setattr("hybrid_opt.studies.verify.subject.ESTIMATORS", {"es": {"type": "es", "population_size": 6}})
     verify(monkeypatch, *arguments)
     out = capsys.readouterr().out
     assert "es: effective dimension" in out
     assert f"{rows.name} " in out
+
+
+def test_small_populations_get_more_estimates():
+    def spsa(pairs: int) -> Spsa:
+        return Spsa(type="spsa", learning_rate=1.0, pairs=pairs)
+
+    assert [estimates_for(spsa(pairs), 256) for pairs in (1, 3, 16, 64)] == [256, 86, 16, 16]
+    assert estimates_for(StaleGradient(type="stale_gradient", learning_rate=1.0), 256) == 16
 
 
 def test_layers_are_at_most_eight_groups():
@@ -264,5 +284,5 @@ def test_options_and_a_run_file_are_refused_together(monkeypatch, capsys, nothin
     assert "--model is for measuring without a run file" in capsys.readouterr().err
 
 
-def test_too_few_estimates_are_refused(monkeypatch, nothing_is_measured):
-    assert verify(monkeypatch, "--estimates", 4) == 2
+def test_too_few_directions_are_refused(monkeypatch, nothing_is_measured):
+    assert verify(monkeypatch, "--directions", 16) == 2

@@ -34,6 +34,7 @@ from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.progress import Silence
 
 MOST_GROUPS = 8
+FEWEST_ESTIMATES = 16
 EXAMPLES_TOGETHER = 4
 """In a backward pass."""
 
@@ -63,13 +64,13 @@ class RealModel:
             trainer = build(quiet, display=Silence())
         return cls(run, trainer.optimizer, (trainer.batches.batch_at(0), trainer.batches.batch_at(1)))
 
-    def measured(self, estimates: int, show: Callable[[str], None]) -> Iterator[Quantity]:
+    def measured(self, directions: int, show: Callable[[str], None]) -> Iterator[Quantity]:
         """For each estimator that acts in the run, and minimises what the run does: its cosine with the gradient, the effective dimension that this implies, and the cosine on each group.
 
         Estimators that follow backprop are shown the gradient of another batch first.
 
         Args:
-            estimates: independent estimates of each.
+            directions: of each estimator, in all its independent estimates together; at least 16 estimates are made.
             show: is told what is going on.
         """
         config, optimizer = self.run.schedule, self.optimizer
@@ -85,8 +86,9 @@ class RealModel:
             energies = {group: self._energies(gradient, names) for group, names in groups.items()}
             groups = {group: names for group, names in groups.items() if sum(energies[group].values())}
             products = []
-            for number in range(estimates):
-                show(f"{name}: estimate {number + 1} of {estimates}")
+            count = estimates_for(self.run.schedule.estimators[name], directions)
+            for number in range(count):
+                show(f"{name}: estimate {number + 1} of {count}")
                 key = StepKey(self.run.training.seed, number, name)
                 arguments = (optimizer.objective, self.batches[0], moved, key)
                 made, _ = estimator.estimate(optimizer.engine, *arguments)
@@ -143,6 +145,13 @@ def _rows(name: str, config: EstimatorConfig, parts: Mapping[str, Part], product
     for (group, part), found in zip(parts.items(), products.unbind(1), strict=True):
         law = expected_cosine(config, part, whole)
         yield function_of_means(f"{name}: cosine, {group}", law, found, _cosine, resolution=math.inf)
+
+
+def estimates_for(config: EstimatorConfig, directions: int) -> int:
+    """How many estimates have that many directions together, and are enough to know how much they differ."""
+    return max(
+        FEWEST_ESTIMATES, -(-directions // getattr(config, "tangents", getattr(config, "directions", directions)))
+    )
 
 
 def layer_groups(names: Collection[str]) -> dict[str, list[str]]:

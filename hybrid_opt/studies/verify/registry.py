@@ -1,4 +1,4 @@
-"""All checks, in the order of the table. Next: `real_model.py`.
+"""All checks, in the order of the table. Next: `subject.py`.
 
 One idea: a check is a function that yields rows, and its docstring says which law they hold it to and where that is from.
 """

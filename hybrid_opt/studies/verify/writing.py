@@ -45,5 +45,7 @@ def verify_table(rows: Sequence[Quantity], title: str, widths: str) -> Table:
 def verdict(rows: Sequence[Quantity]) -> str:
     """How many rows passed, and which did not."""
     judged = [row for row in rows if row.passed is not None]
-    failed = [row.name for row in judged if not row.passed]
-    return f"{len(judged) - len(failed)} of {len(judged)} pass" + "".join(f"\nfailed: {name}" for name in failed)
+    failed = [row for row in judged if not row.passed]
+    wide = " (its interval is too wide to tell)"
+    lines = [f"failed: {row.name}{wide if row.low < row.theory < row.high else ''}" for row in failed]
+    return "\n".join([f"{len(judged) - len(failed)} of {len(judged)} pass", *lines])
