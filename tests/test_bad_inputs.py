@@ -196,7 +196,9 @@ CASES = [
     case("control character", RUN, raw(b"output: a\x00b\n"), "#x0000"),
     case("not UTF-8", RUN, raw(b"output: \xe9\n"), "cannot be read", "utf-8"),
     case("broken schedule file", "s.yaml: ", run({"schedule": "s.yaml"}, files={"s.yaml": "a: [\n"}), "line 2"),
-    case("missing schedule file", RUN, run({"schedule": "my.yaml"}), "schedule: 'my.yaml'", "shipped: alternate"),
+    case(
+        "missing schedule file", RUN, run({"schedule": "my.yaml"}), "schedule: 'my.yaml'", "shipped: align, alternate"
+    ),
     case("unknown recipe", RUN, run({"schedule": "alternat"}), "schedule: 'alternat'", "'alternate'?"),
     # keys
     case("missing section", RUN, run({"data": ABSENT}), "data: missing"),
@@ -232,7 +234,14 @@ CASES = [
     case("rate inf", SCH, backprop(learning_rate=float("inf")), "estimators.backprop.learning_rate: ", "finite"),
     case("unknown course", SCH, es(learning_rate_schedule="cosin"), "es.learning_rate_schedule: ", "'cosine'"),
     case("constant with warm-up", SCH, es(warmup_steps=2), "estimators.es: ", "'constant_with_warmup'"),
-    case("unknown estimator type", SCH, es(type="sgd"), "estimators.es: type is 'sgd'", "'es', 'spsa', 'backprop'"),
+    case(
+        "unknown estimator type",
+        SCH,
+        es(type="sgd"),
+        "estimators.es: type is 'sgd'",
+        "write one of 'es', 'spsa', ",
+        "'backprop'",
+    ),
     case("unknown optimizer", SCH, backprop(optimizer="AdmaW"), "estimators.backprop.optimizer: ", "'AdamW'"),
     case("lr argument", SCH, backprop(optimizer_arguments={"lr": 1}), "optimizer_arguments: ", "in learning_rate"),
     case("unknown argument", SCH, backprop(optimizer_arguments={"b": 1}), "backprop.optimizer_arguments: ", "'b'"),
@@ -244,7 +253,7 @@ CASES = [
     case("stale alone in tokens", SCH, stale({"schedule": STALE_PHASES}), "phase 1 ", "stale", "give it steps"),
     case("stale to spend", RUN, endless(tokens=99), "training.budget counts", "stale", "write training.steps too"),
     case("stale to compute", RUN, endless(forward_equivalents=9), "training.budget counts", "write training.steps too"),
-    case("nothing to repeat", SCH, stale(APART), "policy: 'stale' applies", "write use: [backprop, stale]"),
+    case("nothing to repeat", SCH, stale(APART), "policy: 'stale' uses gradients", "write use: [backprop, stale]"),
     # schedules
     case("unknown schedule type", SCH, schedule({"schedule": {"type": "mix"}}), "schedule: type is 'mix'", "'blend'"),
     case("unknown estimator", SCH, turns(bprop=1), "schedule names the estimator 'bprop'", "'backprop'?"),

@@ -5,10 +5,14 @@ One idea: an estimator's options are one frozen object, and what they cannot mea
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hybrid_opt.config.align import Align
+from hybrid_opt.config.forward_gradient import ForwardGradient
+from hybrid_opt.config.fzoo import Fzoo
+from hybrid_opt.config.guided import Guided
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.config.steps import DirectStep, LearningRate
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveFloat, PositiveInt
@@ -33,8 +37,14 @@ STATE_VALUES = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
 """Values that an optimizer of torch keeps for each weight, where that is not 2; a momentum is one more."""
 
 
+FIRST_MOMENTS = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
+"""Optimizers of torch that keep a running mean of gradients; others do with a momentum."""
+
+
 class Backprop(LearningRate):
     """Exact gradient of the mean loss by backpropagation, applied by a torch optimizer."""
+
+    differentiates: ClassVar[bool] = True
 
     type: Literal["backprop"]
     optimizer: TorchOptimizerName = "AdamW"
@@ -92,11 +102,21 @@ class Backprop(LearningRate):
         """Values that the optimizer keeps for each weight."""
         return STATE_VALUES.get(self.optimizer, 2) + bool(self.optimizer_arguments.get("momentum"))
 
+    @property
+    def has_first_moment(self) -> bool:
+        """Whether the optimizer keeps a running mean or sum of gradients."""
+        return self.optimizer in FIRST_MOMENTS or bool(self.optimizer_arguments.get("momentum"))
+
 
 class StaleGradient(DirectStep):
     """The latest gradient that backprop took, once more, without any forward pass: what ES steps must be better than."""
 
     type: Literal["stale_gradient"]
+
+    @property
+    def needs_gradient(self) -> bool:
+        """It is one."""
+        return True
 
     def examples(self, batch_size: int) -> int:
         """None."""
@@ -107,4 +127,7 @@ class StaleGradient(DirectStep):
         return super().keeps(shapes) | {"gradient": 4 * sum(map(prod, shapes.values()))}
 
 
-Estimator = Annotated[EvolutionStrategy | Spsa | Backprop | StaleGradient, Field(discriminator="type")]
+Estimator = Annotated[
+    EvolutionStrategy | Spsa | Align | Fzoo | Guided | ForwardGradient | Backprop | StaleGradient,
+    Field(discriminator="type"),
+]

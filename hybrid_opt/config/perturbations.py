@@ -16,8 +16,12 @@ class DensePerturbation(Strict):
     """Every weight gets a noise value of its own; one member is evaluated at a time with perturbed weights."""
 
     type: Literal["dense"]
-    distribution: Literal["gaussian", "rademacher"] = "gaussian"
-    """Distribution of a noise value: standard normal, or -1 and +1 with equal probability."""
+    distribution: Literal["gaussian", "rademacher", "sphere", "orthogonal"] = "gaussian"
+    """Distribution of a noise value: standard normal, or -1 and +1 with equal probability; or Gaussian directions that all get the length
+    sqrt(n), for n values that are moved (`sphere`), or that length and right angles to each other within a step (`orthogonal`, at most n
+    directions). With q directions and gradient g the mean square error of the mean slope is |g|^2 times (n + 1)/q, (n - 1)/q,
+    (n - 1)/q and n/q - 1. The last two draw all noise once more a step to measure it; and the j-th of the orthogonal directions is a
+    sum of j, so evaluating all of them draws (q + 1)/2 times as much noise."""
     backup: Literal["layer", "model"] = "layer"
     """Perturb each module while it runs, or write the whole model for each member and keep a copy of it: more memory, and
     faster where a member's evaluation calls the model many times, such as in generation."""
@@ -37,6 +41,11 @@ class LowRankPerturbation(Strict):
     otherwise: Literal["refuse", "dense", "frozen"] = "refuse"
     """What to do with a parameter that cannot be evaluated low rank (`hybrid-opt check` lists them): an error, dense noise
     and one member a forward pass, or no noise and no update."""
+
+    @property
+    def directions_from_keys(self) -> bool:
+        """See `DirectStep`; which parameters get dense noise or none is found by an evaluation, which a resumed run has not made."""
+        return self.otherwise == "refuse"
 
     def keeps(self, shapes: Mapping[str, tuple[int, ...]], directions: int) -> dict[str, int]:
         """Bytes beyond those of inference: a step's noise, until the update has used it."""

@@ -29,6 +29,11 @@ class Probing(DirectStep):
     """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
     distinct_examples an even share)."""
 
+    @property
+    def directions_from_keys(self) -> bool:
+        """See `DirectStep`: unless the perturbation says otherwise."""
+        return getattr(self.perturbation, "directions_from_keys", True)
+
     def examples(self, batch_size: int) -> int:
         """Examples that a member sees."""
         return self.examples_per_step or batch_size // self.example_groups
@@ -51,8 +56,8 @@ class EvolutionStrategy(Probing):
     """Number of members N evaluated in a step."""
     antithetic: bool = True
     """Evaluate each noise direction with both signs."""
-    fitness_shaping: Literal["none", "standardize", "centered_rank"] = "standardize"
-    """How members' losses become weights w."""
+    fitness_shaping: Literal["none", "standardize", "centered_rank", "leave_one_out"] = "standardize"
+    """How members' losses become weights w. `leave_one_out` takes off each loss the mean of the other members'."""
     group_baseline: Literal["none", "mean", "standardize"] = "none"
     """Before a member's losses are averaged, compare each with the other members' on the same example: `mean` takes their mean off,
     `standardize` divides by their standard deviation too (GRPO) and leaves out examples on which all agree."""
@@ -107,8 +112,18 @@ class Spsa(Probing):
     type: Literal["spsa"]
     pairs: PositiveInt = 1
     """Number of directions q; their estimates are averaged."""
+    curvature_floor: PositiveFloat | None = None
+    """Divide each slope by the size of the curvature along its direction, or by this if that is smaller; null: do not. One forward pass
+    more, at the weights as they are. A curvature is a sum over all weights, and in float32 it is known to about
+    `5e-7 loss / sigma^2`: choose sigma so that this is less than the floor. The estimate then has no gradient units, but those of weights:
+    learning_rate 1 with one pair is a Newton step along its direction."""
 
     @property
     def forwards(self) -> int:
-        """Two a pair."""
-        return 2 * self.pairs
+        """Two a pair, and one for the curvatures."""
+        return 2 * self.pairs + (self.curvature_floor is not None)
+
+    @property
+    def directions(self) -> int:
+        """One a pair."""
+        return self.pairs

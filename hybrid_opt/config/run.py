@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
-from hybrid_opt.config.estimators import Backprop, StaleGradient
+from hybrid_opt.config.estimators import StaleGradient
 from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
@@ -292,16 +292,16 @@ class RunFile(Strict):
     def _gradient_exists(self):
         for name, estimator in self.schedule.estimators.items():
             objective = self.objective_of(name)
-            if not isinstance(estimator, Backprop):
+            if not estimator.differentiates:
                 continue
             if isinstance(objective, Function) and not objective.differentiable:
                 raise ValueError(
-                    f"objective.differentiable is false, but the estimator {name!r} is backprop, which needs a "
+                    f"objective.differentiable is false, but the estimator {name!r} is {estimator.type}, which needs a "
                     "gradient; use a schedule of es estimators alone"
                 )
             if isinstance(objective, Reward) and name in acting_names(self.schedule.schedule):
                 raise ValueError(
-                    f"a reward has no gradient, but the estimator {name!r} is backprop; give it an objective of its own, such as "
+                    f"a reward has no gradient, but the estimator {name!r} is {estimator.type}; give it an objective of its own, such as "
                     f"objectives: {{{name}: {{objective: {{type: causal_lm}}}}}}, or use a schedule of es estimators alone"
                 )
         return self

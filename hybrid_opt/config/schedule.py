@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
+from hybrid_opt.config.guided import FirstMoment, Guided
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveInt, Strict
 
 # ---------------------------------------------------------------- policy
@@ -195,14 +196,26 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _stale_gradients_were_fresh(self):
+    def _backprop_leaves_gradients(self):
         acting = acting_names(self.schedule)
-        stale = [name for name in acting if isinstance(self.estimators[name], StaleGradient)]
-        if stale and not any(isinstance(self.estimators[name], Backprop) for name in acting):
+        needing = [name for name in acting if getattr(self.estimators[name], "needs_gradient", False)]
+        if needing and not any(isinstance(self.estimators[name], Backprop) for name in acting):
             raise ValueError(
-                f"{stale[0]!r} is stale_gradient, which applies the gradient of a backprop estimator again, but none acts; let "
-                f"one act too, such as pattern: {{backprop: 1, {stale[0]}: 9}}"
+                f"{needing[0]!r} is {self.estimators[needing[0]].type}, which uses gradients of a backprop estimator again, but none "
+                f"acts; let one act too, such as pattern: {{backprop: 1, {needing[0]}: 9}}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _optimizer_has_first_moment(self):
+        backprop = next((e for e in self.estimators.values() if isinstance(e, Backprop)), None)
+        for name in acting_names(self.schedule):
+            own = self.estimators[name]
+            if isinstance(own, Guided) and isinstance(own.guides, FirstMoment) and not backprop.has_first_moment:
+                raise ValueError(
+                    f"estimators.{name}.guides: {backprop.optimizer} keeps no first moment; write guides: {{type: gradients}}, or for "
+                    "backprop optimizer: AdamW, or optimizer_arguments: {momentum: 0.9} for SGD"
+                )
         return self
 
     @model_validator(mode="after")

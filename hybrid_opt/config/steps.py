@@ -6,7 +6,7 @@ direction came from.
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,9 @@ LearningRateScheduleName = Literal[
 
 class LearningRate(Strict):
     """The step length of one estimator: a peak value and its course over the run."""
+
+    differentiates: ClassVar[bool] = False
+    """Whether the estimator needs an objective that has a gradient."""
 
     learning_rate: PositiveFloat
     """Peak learning rate."""
@@ -83,6 +86,27 @@ class DirectStep(LearningRate):
     1802.01483), and keeps a copy of them in main memory."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is done to the estimate on its way, the first innermost."""
+
+    @model_validator(mode="after")
+    def _replayed_estimates_come_from_keys(self):
+        replaying = next((wrapper.type for wrapper in self.wrappers if wrapper.replays), None)
+        for part in (self, *self.wrappers) if replaying else ():
+            if not getattr(part, "directions_from_keys", True):
+                raise ValueError(
+                    f"wrappers: {replaying} draws the directions of earlier steps again from their keys, but those of "
+                    f"{part.type} depend on more than keys (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which keeps a buffer"
+                )
+        return self
+
+    @property
+    def directions_from_keys(self) -> bool:
+        """Whether estimates are sums of directions that are functions of keys alone, so that they can be made again later."""
+        return False
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs what backprop leaves behind."""
+        return False
 
     @property
     def forwards(self) -> int:

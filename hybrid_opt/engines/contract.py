@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from hybrid_opt.engines.ranks import Ranks
     from hybrid_opt.engines.update_rules import UpdateRule
-    from hybrid_opt.estimators.contract import Estimate
+    from hybrid_opt.estimators.contract import Estimate, Gradient
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,18 @@ class Engine(Protocol):
         """This process's shards of the named parameters."""
         ...
 
-    def gradients(self, losses: Sequence[Callable[[], Tensor]], names: Collection[str]) -> tuple["Estimate", float]:
+    def gradients(self, losses: Sequence[Callable[[], Tensor]], names: Collection[str]) -> tuple["Gradient", float]:
         """The gradient of a sum of losses with respect to the named parameters, and the sum.
 
         Args:
             losses: each computes a part of the sum, a scalar, whose backward pass is made before the next is computed. Ranks
                 have different parts, but equally many; the sum is over all of them.
         """
+        ...
+
+    def first_moment(self, name: str) -> Tensor | None:
+        """The optimizer's running mean or sum of a parameter's gradients, whole on every rank: flat float32, not to be written; None
+        where it has none. All ranks together."""
         ...
 
     def apply(self, contributions: Sequence[Contribution], step: int) -> None:

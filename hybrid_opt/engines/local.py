@@ -17,7 +17,7 @@ from hybrid_opt.engines.contract import Contribution, Shard
 from hybrid_opt.engines.direct import moved_directly, update_directly
 from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.ranks import Ranks
-from hybrid_opt.engines.torch_optimizer import build_optimizer
+from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
 from hybrid_opt.estimators.modes import requiring_grad
@@ -39,6 +39,11 @@ class Gradients:
     def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
         """See `Estimate.add_to`."""
         out.add_(self.read(shard), alpha=factor)
+
+    def whole(self, name: str) -> Tensor | None:
+        """See `Gradient.whole`."""
+        gradient = self.by_name.get(name)
+        return None if gradient is None else gradient.flatten().float()
 
 
 class LocalEngine:
@@ -104,6 +109,12 @@ class LocalEngine:
                 loss.backward()
                 total += loss.item()
             return Gradients({name: p.grad for name, p in parameters.items() if p.grad is not None}), total
+
+    def first_moment(self, name: str) -> Tensor | None:
+        """See `Engine.first_moment`."""
+        state = self.optimizer.state.get(self.masters.get(name), {}) if self.optimizer else {}
+        key = first_moment_key(state)
+        return None if key is None else state[key].flatten().float()
 
     @torch.no_grad()
     def apply(self, contributions: Sequence[Contribution], step: int) -> None:

@@ -1,4 +1,4 @@
-"""The engine for many processes: weights under DeepSpeed ZeRO. The only file that imports deepspeed. Next: `build.py`.
+"""The engine for many processes: weights under DeepSpeed ZeRO. The only file that imports deepspeed. Next: `idle_state.py`.
 
 One idea: DeepSpeed keeps what backprop may own, in its way, and every update ends in both of the places where a weight lives:
 the float32 master, which the next optimizer step starts from, and the copy that forward passes use.
@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Contribution, Shard, is_spread, whole_shape
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.direct import moved_directly, update_directly
+from hybrid_opt.engines.idle_state import IdleState
 from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.rank_loss import watch
 from hybrid_opt.engines.ranks import TIMEOUT, Ranks, free_port
-from hybrid_opt.engines.torch_optimizer import build_optimizer
+from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
 from hybrid_opt.engines.zero_stages import Stage3, Stage12, checksums
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
@@ -36,6 +38,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 GRADIENT_BUFFERS = (OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer)
@@ -70,6 +73,11 @@ class ReducedGradients:
     def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
         """See `Estimate.add_to`."""
         out.add_(self.read(shard), alpha=factor)
+
+    def whole(self, name: str) -> Tensor:
+        """See `Gradient.whole`."""
+        gradient = safe_get_full_grad(self.engine.parameters[name])
+        return gradient.flatten().float() / self.engine.loss_scale
 
 
 class ZeroEngine:
@@ -108,14 +116,13 @@ class ZeroEngine:
         self.owned = set().union(*owned)
         self.groups = _groups(owned, list(self.parameters))
         self.independent_forwards = config.zero_stage < 3 or self.ranks.world_size == 1
-        self.idle_steps, self._put_away = 0, False
         for name, p in self.parameters.items():
             p.requires_grad_(name in self.owned)
         settings = DeepSpeedSettings(config)
-        self.offloads_optimizer, self.offloads = settings.offloads("offload_optimizer"), settings.offloads()
         self.deepspeed = self._initialize(backprop, settings)
         optimizer = self.deepspeed.optimizer if self.deepspeed else None
         self.stage = Stage3(optimizer, self.ranks.rank) if config.zero_stage == 3 else Stage12(optimizer)
+        self.idle = self._idle_state(settings) if self.owned else None
         self.master_weights = MasterWeights(config.master_weights, seed)
         direct = {name: self.stage.weights(self.parameters[name])[0] for name in self.movable if name not in self.owned}
         self.master_weights.check(direct)
@@ -134,7 +141,9 @@ class ZeroEngine:
                 p = self.parameters[name]
                 data, start = (self.stage.master(p) or (None, 0)) if name in self.owned else self.stage.weights(p)
                 if data is not None and len(data):
-                    yield Shard(name, self.masters.get(name, data), start, whole_shape(p))
+                    whole_everywhere = self.config.zero_stage < 3 and name not in self.owned
+                    copies = self.ranks.world_size if whole_everywhere else 1
+                    yield Shard(name, self.masters.get(name, data), start, whole_shape(p), copies)
 
     def gradients(
         self, losses: Sequence[Callable[[], Tensor]], names: Collection[str]
@@ -145,7 +154,7 @@ class ZeroEngine:
                 f"policy: backprop gets parameter {min(unknown)}, which no phase's policy gave it when the engine was made, so "
                 "DeepSpeed's optimizer does not know it; name it in the policy of the phase that trains it"
             )
-        self._bring_back()
+        self.idle.bring_back()
         total, owned = 0.0, {name: p for name, p in self.parameters.items() if name in self.owned}
         with requiring_grad(owned, names):
             for number, loss_of in enumerate(losses, start=1):
@@ -157,6 +166,15 @@ class ZeroEngine:
                 total += loss.item()
         return ReducedGradients(self), self.ranks.total(total)
 
+    def first_moment(self, name: str) -> Tensor | None:
+        """See `Engine.first_moment`."""
+        if name not in self.owned:
+            return None
+        self.idle.bring_back()
+        p = self.parameters[name]
+        key = first_moment_key(self.stage.optimizer_state(p))
+        return None if key is None else safe_get_full_optimizer_state(p, key).flatten().float()
+
     @torch.no_grad()
     def apply(self, contributions: Sequence[Contribution], step: int) -> None:
         """See `Engine.apply`."""
@@ -166,7 +184,8 @@ class ZeroEngine:
         if others:
             update_directly(self.shards(others), contributions, self.master_weights, step)
             self._refresh(masters=not others.isdisjoint(self.owned))
-        self._count_idle(bool(owned))
+        if self.idle:
+            self.idle.count(bool(owned))
         if self.config.check_every and (step + 1) % self.config.check_every == 0:
             self.compare_ranks(step)
 
@@ -211,7 +230,7 @@ class ZeroEngine:
     def state_dict(self, folder: Path) -> dict[str, Any]:
         """DeepSpeed's own checkpoint, and the weights that its optimizer does not have: at stages 1 and 2 rank 0's serve all."""
         if self.owned:
-            self._bring_back()
+            self.idle.bring_back()
             self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         mine = self.config.zero_stage == 3 or self.ranks.rank == 0
         direct = set(self.movable) - self.owned if mine else ()
@@ -226,6 +245,7 @@ class ZeroEngine:
         """See `Engine.load_state_dict`."""
         if self.owned:
             self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+            self.stage.relink_state()
         buffers = dict(self.model.named_buffers())
         for name, buffer in state["buffers"].items():
             buffers[name].copy_(buffer)
@@ -269,6 +289,18 @@ class ZeroEngine:
         )
         return deepspeed.initialize(model=self.model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
+    def _idle_state(self, settings: DeepSpeedSettings) -> IdleState:
+        pinned = {"device": OffloadDeviceEnum.cpu, "pin_memory": self.device.type == "cuda"}
+        away = partial(self.deepspeed.offload_states, include=GRADIENT_BUFFERS, **pinned)
+        return IdleState(
+            self.deepspeed.optimizer,
+            self.stage,
+            self.device,
+            self.config.offload_idle_after,
+            stays=settings.offloads("offload_optimizer"),
+            buffers=None if settings.offloads() else (away, self.deepspeed.reload_states),
+        )
+
     def _step_optimizer(self, contributions: Sequence[Contribution], owned: set[str]) -> None:
         (plain,) = (c for c in contributions if c.rule is None)
         scale = self.loss_scale
@@ -288,33 +320,6 @@ class ZeroEngine:
         for name, master in self.masters.items():
             self.stage.weights(self.parameters[name])[0].copy_(master)
         self.stage.refresh(masters)
-
-    # ------------------------------------------------------------ idle optimizer state
-
-    def _count_idle(self, optimizer_acted: bool) -> None:
-        self.idle_steps = 0 if optimizer_acted else self.idle_steps + 1
-        if self.owned and self.idle_steps == self.config.offload_idle_after:
-            self._move_optimizer_state(self.device, torch.device("cpu"))
-            if not self.offloads:
-                self.deepspeed.offload_states(
-                    include=GRADIENT_BUFFERS, device=OffloadDeviceEnum.cpu, pin_memory=self.device.type == "cuda"
-                )
-            self._put_away = True
-
-    def _bring_back(self) -> None:
-        if self._put_away:
-            self._move_optimizer_state(torch.device("cpu"), self.device)
-            self.deepspeed.reload_states()
-            self._put_away = False
-
-    def _move_optimizer_state(self, source: torch.device, target: torch.device) -> None:
-        """DeepSpeed has a way of its own, which moves counts of steps too, where torch's optimizers do not want them."""
-        if self.offloads_optimizer:
-            return  # it is in main memory for good
-        for values in self.deepspeed.optimizer.optimizer.state.values():
-            for key, value in values.items():
-                if isinstance(value, Tensor) and value.dim() and value.device.type == source.type:
-                    values[key] = value.to(target)
 
 
 def _groups(owned: Sequence[Collection[str]], names: list[str]) -> list[list[str]]:

@@ -4,7 +4,7 @@ One idea: stages differ only in where things lie, so they are two implementation
 that knows DeepSpeed's inner structures. They are checked when the engine starts, because some are not documented.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,15 @@ class Stage(Protocol):
         """Overwrite what `gradient` gives; between backward and step."""
         ...
 
+    def optimizer_state(self, p: nn.Parameter) -> Mapping[str, Any]:
+        """What the optimizer remembers of the parameters of p's group, by quantity; empty before its first step. The same
+        quantities on all ranks."""
+        ...
+
+    def relink_state(self) -> None:
+        """The tensors of the optimizer's state are others now: let DeepSpeed's `safe_get_full_optimizer_state` find them."""
+        ...
+
     def refresh(self, masters: bool) -> None:
         """Let forward passes see weights that were written, and masters if they were."""
         ...
@@ -47,7 +56,16 @@ class Stage12:
     def __init__(self, optimizer: Any):
         self.optimizer = optimizer
         if optimizer is not None:
-            _require(optimizer, "update_lp_params", "averaged_gradients", "single_partition_of_fp32_groups")
+            _require(
+                optimizer,
+                "update_lp_params",
+                "averaged_gradients",
+                "single_partition_of_fp32_groups",
+                "bit16_groups",
+                "_hp_optimizer_states_linked",
+                "_lazy_init_hp_params_optimizer_state",
+            )
+            self._group = {id(p): number for number, group in enumerate(optimizer.bit16_groups) for p in group}
 
     def weights(self, p: nn.Parameter) -> Slice:
         """All of them: every rank makes the same update."""
@@ -72,6 +90,17 @@ class Stage12:
         if self.optimizer.cpu_offload:
             self.optimizer.norm_for_param_grads[self.optimizer.get_param_id(p)] = values.double().norm()
             self.optimizer.update_offload_overflow_tracker(values)
+
+    def optimizer_state(self, p: nn.Parameter) -> Mapping[str, Any]:
+        """See `Stage.optimizer_state`."""
+        return self.optimizer.optimizer.state.get(
+            self.optimizer.single_partition_of_fp32_groups[self._group[id(p)]], {}
+        )
+
+    def relink_state(self) -> None:
+        """See `Stage.relink_state`. Each parameter has a view of its part, which would also keep the old tensors in memory."""
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def refresh(self, masters: bool) -> None:
         """See `Stage.refresh`. Weights without a master in the optimizer are written in place, so nothing is left to do."""
@@ -120,6 +149,14 @@ class Stage3:
         padded = torch.zeros(p.ds_tensor.numel(), dtype=values.dtype, device=values.device)
         padded[: len(values)] = values
         self.optimizer.set_local_grad_for_param(padded, p)
+
+    def optimizer_state(self, p: nn.Parameter) -> Mapping[str, Any]:
+        """See `Stage.optimizer_state`."""
+        group, _, _ = self.optimizer.grad_position[self.optimizer.get_param_id(p)]
+        return self.optimizer.optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[group], {})
+
+    def relink_state(self) -> None:
+        """See `Stage.relink_state`: the state is looked up each time."""
 
     def refresh(self, masters: bool) -> None:
         """See `Stage.refresh`. Whole copies that some forward pass left behind go first: they would be used again."""

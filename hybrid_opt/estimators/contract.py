@@ -29,6 +29,15 @@ class Estimate(Protocol):
         ...
 
 
+class Gradient(Estimate, Protocol):
+    """The gradient of a backward pass, which is there until it has been applied."""
+
+    def whole(self, name: str) -> Tensor | None:
+        """All of a parameter's gradient on every rank: flat float32, not to be written; None if the loss does not depend on it.
+        All ranks together."""
+        ...
+
+
 @dataclass(frozen=True)
 class Cost:
     """What an estimate took and saw."""
@@ -84,7 +93,7 @@ class Remembers(Protocol):
 class FollowsBackprop(Protocol):
     """An estimator that is also shown every gradient that backprop takes."""
 
-    def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
+    def follow(self, engine: Engine, gradient: Gradient, names: Collection[str]) -> None:
         """See the gradient of a step, before it is applied: it can be read only now, and is finite.
 
         Estimates of the same step were made before and are read after, so what they hold must not change.

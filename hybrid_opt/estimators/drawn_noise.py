@@ -51,10 +51,14 @@ class DrawnNoise:
             self._directions.setdefault(name, []).extend(directions)
 
     def recall(self, keys: Sequence[Key], name: str, first: int, last: int) -> list[Tensor] | None:
-        """The noise for all the keys, the first tensor's last dimension cut to `first` to `last`; None if some is not here."""
-        if self._directions.get(name) != list(keys):
+        """The noise for all the keys, the first tensor's last dimension cut to `first` to `last`; None if some is not here.
+
+        The keys are the first ones that were kept, in the same order; what was kept beyond them is left out.
+        """
+        if name not in self._pieces or self._directions[name][: len(keys)] != list(keys):
             return None
         first_tensor, *others = (
-            torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*self._pieces[name], strict=True)
+            (torch.cat(parts) if len(parts) > 1 else parts[0])[: len(keys)]
+            for parts in zip(*self._pieces[name], strict=True)
         )
         return [first_tensor[..., first:last], *others]

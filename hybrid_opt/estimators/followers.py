@@ -7,7 +7,7 @@ Without such an estimator nothing is read and nothing is copied.
 from collections.abc import Collection, Mapping
 
 from hybrid_opt.engines.contract import Engine
-from hybrid_opt.estimators.contract import Estimate, Estimator, FollowsBackprop, chain
+from hybrid_opt.estimators.contract import Estimator, FollowsBackprop, Gradient, chain
 
 
 class Followers:
@@ -28,7 +28,7 @@ class Followers:
             if isinstance(part, FollowsBackprop)
         ]
 
-    def show(self, gradient: Estimate, names: Collection[str]) -> None:
+    def show(self, gradient: Gradient, names: Collection[str]) -> None:
         """Show everybody what concerns them of the gradient of these parameters; all ranks together.
 
         One that is not finite is not shown: loss scaling takes no step with it either.
@@ -39,5 +39,5 @@ class Followers:
         for follower, may_move in self.following:
             follower.follow(self.engine, gradient, may_move & set(names))
 
-    def _is_finite(self, gradient: Estimate, names: Collection[str]) -> bool:
+    def _is_finite(self, gradient: Gradient, names: Collection[str]) -> bool:
         return all(bool(gradient.read(shard).isfinite().all()) for shard in self.engine.shards(names))

@@ -34,6 +34,13 @@ class Key:
     def __init__(self, parts: Sequence[int | str]):
         self.text = "".join(f"{part!r}," for part in parts)
 
+    @classmethod
+    def from_text(cls, text: str) -> "Key":
+        """The key that has this `text`."""
+        key = Key(())
+        key.text = text
+        return key
+
     def fold(self, *parts: int | str) -> "Key":
         """A new key that also depends on `parts`."""
         key = Key(parts)

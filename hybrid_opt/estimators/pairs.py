@@ -12,6 +12,19 @@ def odd_and_even(losses: Tensor) -> tuple[Tensor, Tensor]:
     return (pairs[:, 0] - pairs[:, 1]) / 2, pairs.mean(dim=1)
 
 
+def curvatures(losses: Tensor, clean: Tensor, sigma: float) -> Tensor:
+    """`(L+ - 2 L0 + L-) / sigma^2`, for a quadratic loss with Hessian H the value `z^T H z` of each pair's direction z.
+
+    Args:
+        losses: (members,), the two of a pair side by side.
+        clean: L0, the loss at the weights as they are, ().
+
+    Returns:
+        (pairs,) float64.
+    """
+    return 2 * (odd_and_even(losses)[1] - clean.double()) / sigma**2
+
+
 def pair_statistics(losses: Tensor, sigma: float) -> dict[str, float]:
     """What antithetic losses tell of the estimate; losses: (members,), the two of a pair side by side.
 

@@ -22,6 +22,7 @@ from hybrid_opt.estimators.dense import DensePerturbation
 from hybrid_opt.estimators.fitness import worst_for_missing
 from hybrid_opt.estimators.forward_size import ForwardSize
 from hybrid_opt.estimators.low_rank import LowRankPerturbation
+from hybrid_opt.estimators.mixed_directions import directions_of
 from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member, Perturbation
@@ -176,7 +177,8 @@ def build_perturbation(config: Probing) -> Perturbation:
     size = ForwardSize(members, config.micro_batch_size)
     form = config.perturbation
     if isinstance(form, DenseConfig):
-        return DensePerturbation(form.distribution, config.sigma, whole_model=form.backup == "model", forward_size=size)
+        directions = directions_of(form.distribution)
+        return DensePerturbation(directions, config.sigma, whole_model=form.backup == "model", forward_size=size)
     return LowRankPerturbation(form.noise_rank, config.sigma, otherwise=form.otherwise, forward_size=size)
 
 

@@ -17,6 +17,16 @@ def standardize(losses: Tensor) -> Tensor:
     return (losses - losses.mean()) / (losses.std(correction=0) + 1e-8)
 
 
+def leave_one_out(losses: Tensor) -> Tensor:
+    """`w_i = L_i - mean_{j != i} L_j = N/(N - 1) (L_i - mean L)`: what a member's loss differs from that of the others.
+
+    Without antithetic pairs the others' losses do not depend on the member's direction, so the estimate has no bias (RLOO, arXiv
+    2402.14740). With pairs the two of a pair share their direction, and the estimate is that of `none` times N/(N - 1).
+    """
+    losses = losses.double()
+    return (losses - losses.mean()) * (len(losses) / (len(losses) - 1))
+
+
 def centered_rank(losses: Tensor) -> Tensor:
     """`w = 2 rank / (N - 1) - 1` in [-1, 1], rank 0 for the lowest loss; equal losses share their mean rank.
 
@@ -31,5 +41,6 @@ def centered_rank(losses: Tensor) -> Tensor:
 FITNESS_SHAPING: dict[str, Callable[[Tensor], Tensor]] = {
     "none": none,
     "standardize": standardize,
+    "leave_one_out": leave_one_out,
     "centered_rank": centered_rank,
 }

@@ -14,13 +14,19 @@ from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.noise import StepKey
-from hybrid_opt.estimators.pairs import odd_and_even, pair_statistics
-from hybrid_opt.estimators.probing import NoiseSum, Probe, build_perturbation, pairs_of
+from hybrid_opt.estimators.pairs import curvatures, odd_and_even, pair_statistics
+from hybrid_opt.estimators.perturbation import Member
+from hybrid_opt.estimators.probing import NoiseSum, Probe, added, build_perturbation, pairs_of
 from hybrid_opt.objectives.contract import Objective
 
 
 class SpsaEstimator:
-    """`g = 1/q sum_j (L(w + sigma z_j) - L(w - sigma z_j)) / (2 sigma) z_j` with q pairs (Spall 1992; MeZO, arXiv 2305.17333)."""
+    """`g = 1/q sum_j s_j z_j` with slopes `s_j = (L(w + sigma z_j) - L(w - sigma z_j)) / (2 sigma)` along q directions z_j (Spall 1992;
+    MeZO, arXiv 2305.17333).
+
+    With `curvature_floor` f each slope is divided by `max(|c_j|, f)`, c_j the second difference `(L+ - 2 L0 + L-) / sigma^2`, so that a
+    step is short where the loss bends, as with Newton's method in one dimension; the estimate then has the units of weights.
+    """
 
     def __init__(self, config: Spsa):
         self.config = config
@@ -34,14 +40,22 @@ class SpsaEstimator:
     def estimate(
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[NoiseSum, Cost]:
-        """See `Estimator.estimate`.
+        """See `Estimator.estimate`; with `curvature_floor` adds the statistic `curvature`, the mean of c_j.
 
         Raises:
             UserError: see `Probe`.
         """
+        sigma, floor = self.config.sigma, self.config.curvature_floor
         keys = [key.fold(j) for j in range(self.config.pairs)]
         perturbation = self.perturbation.ready(engine, names, keys, key)
-        probed = Probe(self.config, engine, objective, batch, names, key)(perturbation, pairs_of(keys), together=2)
-        slopes = odd_and_even(probed.means)[0] / self.config.sigma
-        statistics = {**probed.cost.statistics, **pair_statistics(probed.means, self.config.sigma)}
-        return NoiseSum(perturbation, keys, slopes / len(keys)), replace(probed.cost, statistics=statistics)
+        probe = Probe(self.config, engine, objective, batch, names, key)
+        # By itself and first, so that the two of a pair still share their noise, which is kept from the last evaluation on.
+        clean = probe(perturbation, [Member(keys[0], 0)]) if floor else None
+        probed = probe(perturbation, pairs_of(keys), together=2)
+        slopes, cost = odd_and_even(probed.means)[0] / sigma, probed.cost
+        statistics = {**cost.statistics, **pair_statistics(probed.means, sigma)}
+        if clean:
+            bends = curvatures(probed.means, clean.means[0], sigma)
+            slopes, cost = slopes / bends.abs().clamp(min=floor), added(clean.cost, cost)
+            statistics["curvature"] = bends.mean().item()
+        return NoiseSum(perturbation, keys, slopes / len(keys)), replace(cost, statistics=statistics)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
-from hybrid_opt.estimators.contract import Cost, Estimate
+from hybrid_opt.estimators.contract import Cost, Gradient
 from hybrid_opt.estimators.noise import StepKey
 from hybrid_opt.objectives.contract import Objective
 
@@ -56,7 +56,7 @@ class StaleGradientEstimator:
         return KeptGradient(dict(self.latest)), Cost(loss=None, forwards=0, backwards=0, forward_equivalents=0.0)
 
     @torch.no_grad()
-    def follow(self, engine: Engine, gradient: Estimate, names: Collection[str]) -> None:
+    def follow(self, engine: Engine, gradient: Gradient, names: Collection[str]) -> None:
         """See `FollowsBackprop.follow`. The former copy of a shard is freed as the next is made, if no estimate holds it."""
         for shard in engine.shards(names):
             self.latest.pop(shard.name, None)

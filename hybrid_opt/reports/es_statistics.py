@@ -12,8 +12,11 @@ from hybrid_opt.reports.statistic_panels import Chosen, Statistic, names_of
 STATISTICS = {
     "snr": Statistic("Signal-to-noise", "variance ratio"),
     "gradient_norm": Statistic("Gradient norm that the probes see", "norm"),
+    "curvature": Statistic("Curvature along the directions", "second derivative"),
     "cosine": Statistic("Cosine with the exact gradient", "cosine"),
     "rho2": Statistic("Share of the gradient's energy, rho\u00b2", "rho\u00b2"),
+    "guide_rho2": Statistic("Share of the gradient's energy along guides, rho\u00b2", "rho\u00b2"),
+    "fell_back": Statistic("Guided steps without guides", "1: none", from_zero=True),
     "tied_pairs": Statistic("Tied pairs", "pairs", from_zero=True),
     "examples_left_out": Statistic("Examples on which members agreed", "examples", from_zero=True),
 }

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from hybrid_opt.config.estimators import Backprop, StaleGradient
+from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.schedule import Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
@@ -57,8 +57,8 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
     """The policy of each phase (of the whole run: None) for a model's parameter names.
 
     Raises:
-        UserError: a policy does not fit the names, an estimator acts without owning a parameter, or a stale_gradient without
-            sharing one with backprop.
+        UserError: a policy does not fit the names, an estimator acts without owning a parameter, or one that needs
+            backprop's gradients shares none with it.
     """
     estimators = list(config.estimators)
     if not isinstance(config.schedule, Phases):
@@ -74,18 +74,18 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
             if not policy.names(name):
                 during = "" if phase is None else f" in phase {phase}"
                 raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
-    _refuse_stale_without_fresh(config, policies)
+    _refuse_gradients_of_others(config, policies)
     return policies
 
 
-def _refuse_stale_without_fresh(config: ScheduleFile, policies: dict[int | None, Policy]) -> None:
-    """A stale gradient of parameters that backprop never moves would be zero for ever."""
+def _refuse_gradients_of_others(config: ScheduleFile, policies: dict[int | None, Policy]) -> None:
+    """Of parameters that backprop never moves there is never a gradient to be used again."""
     acting = acting_names(config.schedule)
     fresh = next((name for name in acting if isinstance(config.estimators[name], Backprop)), None)
-    for name in (name for name in acting if isinstance(config.estimators[name], StaleGradient)):
+    for name in (name for name in acting if getattr(config.estimators[name], "needs_gradient", False)):
         if may_ever_move(config, policies, name).isdisjoint(may_ever_move(config, policies, fresh)):
             raise UserError(
-                f"policy: {name!r} applies the gradient of {fresh!r} again, but no rule lets both move the same parameter; "
+                f"policy: {name!r} uses gradients of {fresh!r} again, but no rule lets both move the same parameter; "
                 f"write use: [{fresh}, {name}]"
             )
 

@@ -282,9 +282,9 @@ class HybridOptimizer:
     def _refuse_missing_gradient(self) -> None:
         for name in acting_names(self.config.schedule):
             objective = self.objectives.get(name, self.objective)
-            if isinstance(self.config.estimators[name], Backprop) and objective and not objective.differentiable:
+            if self.config.estimators[name].differentiates and objective and not objective.differentiable:
                 raise UserError(
-                    f"schedule: {name!r} is backprop, but the objective has no gradient; use a schedule of es alone, or give "
+                    f"schedule: {name!r} is {self.config.estimators[name].type}, but the objective has no gradient; use a schedule of es alone, or give "
                     f"{name!r} an objective of its own (objectives)"
                 )
 

@@ -148,6 +148,22 @@ def test_each_ranks_part_of_a_stale_gradient_is_that_of_the_whole(results, name)
     assert found["moved"] > 200 * ROUNDING
 
 
+@pytest.mark.parametrize("name", ["orthogonal", "sphere", "align", "fzoo"])
+def test_directions_that_know_each_other_are_those_of_one_process(results, name):
+    found = results(2, "directions_that_know_each_other")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 500 * ROUNDING
+
+
+@pytest.mark.parametrize("name", ["sketched gradients", "moment", "estimates"])
+def test_guides_are_the_same_however_weights_are_spread(results, name):
+    found = results(2, "guided")[name]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 200 * ROUNDING
+
+
 # ------------------------------------------------------------ narrow weights
 
 
@@ -431,6 +447,19 @@ def test_offloaded_optimizer_state_is_not_put_away_again(results):
     found = results(2, "offloaded_state_put_away")
     assert len(found) == 6
     assert all(max(differs.values()) < ROUNDING for differs in found.values()), found
+
+
+# ------------------------------------------------------------ what backprop leaves behind
+
+
+@pytest.mark.parametrize("idle", [None, 1])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_and_first_moments_are_whole_on_every_rank(results, stage, idle):
+    found = results(2, "gradients_and_moments_are_whole")
+    assert found["gradients"] == found["moments"] == 4
+    differs = found[f"{stage} {idle}"]
+    assert differs["shards"] == 0.0
+    assert max(differs["gradient"], differs["moments"], differs["norms"]) < ROUNDING, differs
 
 
 # ------------------------------------------------------------ sizes that do not go up evenly

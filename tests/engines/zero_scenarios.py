@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from hybrid_opt import HybridOptimizer, UserError
 from hybrid_opt.config.engines import LocalEngine, ZeroEngine
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.zero import join_ranks
+from hybrid_opt.estimators.inner_products import inner_products
 from hybrid_opt.estimators.noise import Key
+from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.objectives.reward import RewardObjective
@@ -53,6 +56,13 @@ ALTERNATE = {"type": "alternate", "pattern": {"es": 2, "backprop": 1}}
 TURNS = {"type": "alternate", "pattern": {"es": 1, "backprop": 1}}
 BLEND = {"type": "blend", "weights": {"es": 0.3, "backprop": 0.7}}
 STALE_TURNS = {"type": "alternate", "pattern": {"backprop": 1, "stale": 2}}
+GUIDED_ES = {"type": "guided", "learning_rate": 0.05, "sigma": 0.02, "pairs": 3}
+GUIDED = {
+    "sketched gradients": {"guides": {"type": "gradients", "count": 2}, "storage": {"type": "sketch", "rank": 2}},
+    "moment": {"guides": {"type": "first_moment"}, "form": {"type": "mixed_covariance"}},
+    "estimates": {"guides": {"type": "estimates"}},
+}
+GUIDED_TURNS = {"type": "alternate", "pattern": {"backprop": 2, "guided": 2}}
 STALE_BLEND = {"type": "blend", "weights": {"stale": 0.3, "backprop": 0.7}}
 ATTENTION, MLP = {"match": "attn", "use": ["backprop"]}, {"match": "mlp", "use": ["backprop"]}
 REST_ES, REST_FROZEN = {"match": ".*", "use": ["es"]}, {"match": ".*", "use": "frozen"}
@@ -155,15 +165,22 @@ def run(file: dict, engine, *, steps: int = 4, **options) -> Run:
     return result
 
 
-def local(file: dict, **options) -> Run:
-    """The same on this process alone; the launcher's number of processes would make it refuse."""
-    settings = options.pop("settings", {})
+@contextmanager
+def alone():
+    """Inside, this is the only process; LocalEngine would refuse the launcher's number of them."""
     before = os.environ["WORLD_SIZE"]
     os.environ["WORLD_SIZE"] = "1"
     try:
-        return run(file, LocalEngine(type="local", device="cpu", **settings), **options)
+        yield
     finally:
         os.environ["WORLD_SIZE"] = before
+
+
+def local(file: dict, **options) -> Run:
+    """The same on this process alone."""
+    settings = options.pop("settings", {})
+    with alone():
+        return run(file, LocalEngine(type="local", device="cpu", **settings), **options)
 
 
 def difference(one: dict[str, Tensor] | None, other: dict[str, Tensor] | None) -> float:
@@ -316,6 +333,39 @@ def stale_gradients(folder):
         "turns, offloaded": at_all_stages(turns, steps=5, settings={"offload_optimizer": CPU}),
         "blend": at_all_stages(schedule_file(STALE_BLEND, backprop=SGD)),
     }
+
+
+@scenario(2)
+def directions_that_know_each_other(folder):
+    """Estimators that take inner products over all ranks, or whose members are not pairs."""
+    steps = {"sigma": 0.02, "learning_rate": 0.05}
+    dense = {name: {"type": "dense", "distribution": name} for name in ("sphere", "orthogonal", "rademacher")}
+    estimators = {
+        "orthogonal": {"type": "spsa", "pairs": 3, "perturbation": dense["orthogonal"], **steps},
+        "sphere": {"type": "spsa", "pairs": 2, "perturbation": dense["sphere"], **steps, "curvature_floor": 1.0},
+        "align": {"type": "align", "pairs": 3, "perturbation": ES["perturbation"], **steps, "learning_rate": 50.0},
+        "fzoo": {"type": "fzoo", "population_size": 4, "perturbation": dense["rademacher"], **steps, "reuse": True},
+    }
+    estimators["fzoo"]["learning_rate"] = 3e-3
+    return {
+        name: at_all_stages({"estimators": {name: config}, "schedule": {"type": "single", "estimator": name}}, steps=3)
+        for name, config in estimators.items()
+    }
+
+
+@scenario(2)
+def guided(folder):
+    """Backprop's gradients or moments of the attention guide the forward passes that move everything."""
+    policy = [{"match": "attn", "use": ["backprop", "guided"]}, {"match": ".*", "use": ["guided"]}]
+    result = {}
+    for name, options in GUIDED.items():
+        file = {
+            "estimators": {"backprop": SGD, "guided": GUIDED_ES | options},
+            "policy": policy,
+            "schedule": GUIDED_TURNS,
+        }
+        result[name] = at_all_stages(file, steps=5)
+    return result
 
 
 # ------------------------------------------------------------ 2 and 3: narrow weights
@@ -938,7 +988,7 @@ def optimizer_state_put_away(folder):
             file,
             zero(stage, bf16=True, offload_idle_after=2),
             steps=5,
-            after=lambda run, away=away: away.append(run.engine._put_away),
+            after=lambda run, away=away: away.append(run.engine.idle.is_away),
         )
         saved = interrupted(file, lambda s=stage: zero(s, offload_idle_after=2), folder / str(stage), at=3, steps=5)
         result[str(stage)] = compared(idle, plain) | {"away": away, "saved while away": saved}
@@ -961,6 +1011,71 @@ def offloaded_state_put_away(folder):
             settings = offload if place == "section" else {"file": {"zero_optimization": offload}, "folder": folder}
             idle = run(file, zero(stage, offload_idle_after=2, **settings))
             result[f"{stage} {'+'.join(sections)} {place}"] = compared(idle, plain)
+    return result
+
+
+# ------------------------------------------------------------ 15: what backprop leaves behind, whole on every rank
+
+
+class Recorder:
+    """Follows backprop: the latest gradient, whole, and how far this rank's shards of it are from that."""
+
+    def follow(self, engine, gradient, names):
+        self.whole, self.differs = {}, 0.0
+        for name in sorted(names):
+            whole = gradient.whole(name)
+            self.whole[name] = whole.clone()
+            for shard in engine.shards([name]):
+                part = whole[shard.start : shard.start + len(shard.data)]
+                self.differs = max(self.differs, (part - gradient.read(shard)).abs().max().item())
+
+
+def left_behind(file: dict, engine) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]:
+    """After three steps, two without backprop: the last gradient, the first moments, and a direction's norms by parameter."""
+    run, recorder = Run(file, engine), Recorder()
+    optimizer = run.optimizer
+    optimizer.followers.following.append((recorder, set(optimizer.policies[None].names("backprop"))))
+    engine = run.take(3).engine
+    moments = {name: engine.first_moment(name) for name in engine.parameters}
+    perturbation = optimizer.estimators["es"].perturbation
+    direction = NoiseSum(perturbation, [Key((0,))], torch.ones(1, dtype=torch.float64))
+    norms = torch.stack([inner_products(engine, [name], [direction]) for name in engine.parameters]).flatten()
+    stale = getattr(engine, "idle", None) and not engine.idle.stays and stale_links(engine)
+    return (
+        recorder.whole,
+        {n: m.clone() for n, m in moments.items() if m is not None},
+        norms,
+        recorder.differs + bool(stale),
+    )
+
+
+def stale_links(engine) -> bool:
+    """Whether a parameter's view of its optimizer state is of other memory than the state (stages 1 and 2)."""
+    links = [(p, getattr(p, "_hp_mapping", None)) for n, p in engine.parameters.items() if n in engine.owned]
+    return any(
+        view.untyped_storage().data_ptr() != engine.stage.optimizer_state(p)[key].untyped_storage().data_ptr()
+        for p, mapping in links
+        for key, view in (mapping.optim_fragment if mapping else {}).items()
+    )
+
+
+@scenario(2)
+def gradients_and_moments_are_whole(folder):
+    file = schedule_file(
+        {"type": "alternate", "pattern": {"backprop": 1, "es": 2}}, es=DENSE, policy=[ATTENTION, REST_ES]
+    )
+    with alone():
+        gradient, moments, norms, _ = left_behind(file, LocalEngine(type="local", device="cpu"))
+    result = {"gradients": len(gradient), "moments": len(moments)}
+    for stage in STAGES:
+        for idle in (None, 1):
+            found = left_behind(file, zero(stage, offload_idle_after=idle))
+            result[f"{stage} {idle}"] = {
+                "gradient": difference(found[0], gradient),
+                "moments": difference(found[1], moments),
+                "norms": ((found[2] - norms) / norms).abs().max().item(),
+                "shards": found[3],
+            }
     return result
 
 

@@ -1,1 +1,1 @@
-"""What may be put around an estimator. Reading order: `build.py`, `layer_subset.py`, `norm_cap.py`."""
+"""What may be put around an estimator. Reading order: `build.py`, `layer_subset.py`, `norm_cap.py`, `momentum.py`."""

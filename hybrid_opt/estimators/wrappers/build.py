@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from hybrid_opt.config.wrappers import LayerSubset, NormCap, Wrapper
+from hybrid_opt.config.wrappers import LayerSubset, NormCap, ReplayedMomentum, Wrapper
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.wrappers.layer_subset import LayerSubsetEstimator
+from hybrid_opt.estimators.wrappers.momentum import MomentumEstimator
 from hybrid_opt.estimators.wrappers.norm_cap import NormCapEstimator
 
 
@@ -16,4 +17,6 @@ def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
                 estimator = LayerSubsetEstimator(estimator, wrapper)
             case NormCap():
                 estimator = NormCapEstimator(estimator, wrapper)
+            case ReplayedMomentum():
+                estimator = MomentumEstimator(estimator, wrapper)
     return estimator

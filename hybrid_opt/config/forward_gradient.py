@@ -1,0 +1,34 @@
+"""Options of the estimator that takes slopes by forward-mode differentiation. Next: `estimators.py`."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import ClassVar, Literal
+
+from hybrid_opt.config.steps import DirectStep
+from hybrid_opt.config.strict import PositiveInt
+
+
+class ForwardGradient(DirectStep):
+    """Exact slopes along k random directions by forward-mode differentiation (Baydin et al., arXiv 2202.08587): no sigma, no
+    backward pass; k forward passes a step that carry slopes along, each of which takes about 3 plain ones. Beyond inference it
+    keeps a tangent for the weights of the module that runs and for its activations."""
+
+    differentiates: ClassVar[bool] = True
+    directions_from_keys: ClassVar[bool] = True
+
+    type: Literal["forward_gradient"]
+    tangents: PositiveInt = 1
+    """Number of directions k; their estimates are averaged."""
+    distribution: Literal["gaussian", "rademacher"] = "rademacher"
+    """Distribution of a direction's values: standard normal, or -1 and +1 with equal probability (a little less variance)."""
+    micro_batch_size: PositiveInt | None = None
+    """Most examples in a forward pass; null: all."""
+
+    @property
+    def forwards(self) -> int:
+        """One a tangent."""
+        return self.tangents
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """See `DirectStep.keeps`; and the largest tangent in float32."""
+        return super().keeps(shapes) | {"tangent": max((4 * prod(shape) for shape in shapes.values()), default=0)}
