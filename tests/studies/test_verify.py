@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import cli
 from hybrid_opt.config.estimators import StaleGradient
@@ -187,12 +188,18 @@ def real_run(tmp_path, estimators: dict, **data):
 
 def test_on_a_real_model_cosines_follow_their_law(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "CHECKS", QUICK[:1])
-    estimators = {**ESTIMATORS, "stale": {"type": "stale_gradient"}, "backprop": {"type": "backprop"}}
+    forward = {"type": "forward_gradient", "tangents": 16}
+    estimators = {
+        **ESTIMATORS,
+        "forward": forward,
+        "stale": {"type": "stale_gradient"},
+        "backprop": {"type": "backprop"},
+    }
     file = tmp_path / "rows.json"
     assert verify(monkeypatch, real_run(tmp_path, estimators), "--json", file) == 0
     rows = {row["quantity"]: row for row in json.loads(file.read_text())[4:]}
     groups = ["outside the layers", "layer 0", "layer 1", "layer 2"]
-    for name in ESTIMATORS:
+    for name in (*ESTIMATORS, "forward"):
         assert all(rows[f"{name}: cosine, {group}"]["passed"] for group in groups)
         assert rows[f"{name}: cosine"]["passed"]
     dense, rademacher = (rows[f"spsa_{form}: effective dimension"]["theory"] for form in ("dense", "rademacher"))
@@ -220,8 +227,10 @@ def test_a_model_and_rows_are_enough(monkeypatch, tmp_path, capsys):
     rows.write_text(
         "".join(json.dumps({"text": f"Number {i} is a number like any other. " * 5}) + "\n" for i in range(40))
     )
-    arguments = ("--model", GLASS, "--data", rows, "--text", "text", "--directions", 128)
-    monkeypatch.setattr("hybrid_opt.studies.verify.subject.ESTIMATORS", {"es": {"type": "es", "population_size": 6}})
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**SMALL)).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(GLASS).save_pretrained(tmp_path / "small")
+    arguments = ("--model", tmp_path / "small", "--data", rows, "--text", "text", "--directions", 128)
+    monkeypatch.setattr("hybrid_opt.studies.verify.subject.ESTIMATORS", {"es": {"type": "es", "population_size": 32}})
     verify(monkeypatch, *arguments)
     out = capsys.readouterr().out
     assert "es: effective dimension" in out
@@ -243,6 +252,13 @@ def test_layers_are_at_most_eight_groups():
     assert list(groups)[-2:] == ["layers 28 to 29", "outside the layers"]
     assert len(groups) == 9
     assert sorted(name for group in groups.values() for name in group) == sorted(names)
+
+
+@pytest.mark.parametrize(("distribution", "whole"), [("gaussian", 50), ("rademacher", 48), ("sphere", 48)])
+def test_the_whole_of_49_values_has_its_closed_form(distribution, whole):
+    config = Spsa(type="spsa", learning_rate=1.0, perturbation={"type": "dense", "distribution": distribution})
+    part = Part([((6, 8), 2.5), ((1,), 0.1)])
+    assert expected_dimension(config, part, part) == pytest.approx(whole)
 
 
 def test_a_matrixs_law_is_that_of_its_mean_square_error():

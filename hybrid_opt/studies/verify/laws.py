@@ -1,12 +1,13 @@
 """The cosine that an estimator's configuration promises on a linear loss. Next: `writing.py`.
 
-One idea: `E<a, g> = |g|^2` on every part of the weights, so only the second moment of the estimate a depends on the noise's form. On a part P of
-the n weights with n_P of them and the share rho of |g|^2, with q directions,
+One idea: `E<a, g> = |g|^2` on every part of the weights, so only the second moment of the estimate a depends on the noise's form. On a
+part P of the n weights with n_P of them and the share rho of |g|^2, with q directions,
 
     cos^2 = 1 / (1 + D/q),  D = n_P / rho + 1 + (2 / |g_P|^2) sum_W |g_W|^2 (m + n + 1)/r
 
-for Gaussian noise, the sum over the matrices W (m, n) of the part that have noise of rank r; `D = n_P / rho - 1` for Rademacher noise. On the
-whole D is the effective dimension: `n + 1` for dense Gaussian noise. (Fourth moments, by Isserlis' theorem.)
+for Gaussian noise, the sum over the matrices W (m, n) of the part that have noise of rank r; `D = n_P / rho - 1` for Rademacher noise,
+and `D = (n_P / rho + 2) n / (n + 2) - 1` on the sphere. On the whole D is the effective dimension: `n + 1` for dense Gaussian noise.
+(Fourth moments, by Isserlis' theorem.)
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,8 @@ def expected_dimension(config: Estimator, part: Part, whole: Part) -> float | No
     spread = part.values * whole.energy / part.energy
     if form == "rademacher":
         return spread - 1
+    if form == "sphere":  # Gaussian directions, all of the same length
+        return (spread + 2) * whole.values / (whole.values + 2) - 1
     if form == "gaussian":
         return spread + 1
     if form == "low_rank":
