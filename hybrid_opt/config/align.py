@@ -1,6 +1,8 @@
 """Options of `align`, the projection of the gradient onto a step's directions. Next: `fzoo.py`."""
 
-from typing import Literal
+from typing import ClassVar, Literal
+
+from pydantic import model_validator
 
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.strict import PositiveInt
@@ -18,6 +20,17 @@ class Align(Probing):
     type: Literal["align"]
     pairs: PositiveInt = 8
     """Number of directions q, not more than values that are moved."""
+
+    takes_shaped_noise: ClassVar[bool] = True
+
+    @model_validator(mode="after")
+    def _directions_are_those_evaluated(self):
+        if any(wrapper.type == "relative_sigma" for wrapper in self.wrappers):
+            raise ValueError(
+                "wrappers: relative_sigma evaluates along other directions than it adds up, and align projects onto those that it evaluates; "
+                "take relative_sigma off, or use spsa"
+            )
+        return self
 
     @property
     def forwards(self) -> int:

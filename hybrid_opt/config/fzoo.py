@@ -41,11 +41,21 @@ class Fzoo(Probing):
                 "reuse takes directions of the step before, to which those of distribution: orthogonal are not orthogonal; write "
                 "distribution: sphere, or reuse: false"
             )
+        if self.perturbation.type == "lazy_subspace":
+            raise ValueError(
+                "reuse takes directions of the step before, which may be of another subspace than this step's (lazy_subspace); write "
+                "perturbation: {type: low_rank}, or reuse: false"
+            )
         if any(wrapper.type == "layer_subset" for wrapper in self.wrappers):
             raise ValueError(
                 "reuse takes losses of the step before, in which layer_subset perturbed other layers; drop one of them"
             )
         return self
+
+    @property
+    def takes_shaped_noise(self) -> bool:
+        """Not with `reuse`: the step before had other masks or sizes."""
+        return not self.reuse
 
     @property
     def forwards(self) -> int:

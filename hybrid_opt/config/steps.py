@@ -91,10 +91,11 @@ class DirectStep(LearningRate):
     def _replayed_estimates_come_from_keys(self):
         replaying = next((wrapper.type for wrapper in self.wrappers if wrapper.replays), None)
         for part in (self, *self.wrappers) if replaying else ():
-            if not getattr(part, "directions_from_keys", True):
+            if not part.directions_from_keys:
                 raise ValueError(
                     f"wrappers: {replaying} draws the directions of earlier steps again from their keys, but those of "
-                    f"{part.type} depend on more than keys (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which keeps a buffer"
+                    f"{part.type} depend on more (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which "
+                    "keeps a buffer"
                 )
         return self
 
@@ -103,10 +104,27 @@ class DirectStep(LearningRate):
         """Whether estimates are sums of directions that are functions of keys alone, so that they can be made again later."""
         return False
 
+    @model_validator(mode="after")
+    def _wrappers_find_noise(self):
+        shaping = [wrapper.type for wrapper in self.wrappers if wrapper.shapes_noise]
+        if shaping and not self.takes_shaped_noise:
+            raise ValueError(
+                f"wrappers: {shaping[0]} changes the noise with which weights are perturbed, and {self.type} has no noise, or needs its "
+                f"directions as they are; take {shaping[0]} off, or use es or spsa"
+            )
+        if double := next((name for name in shaping if shaping.count(name) > 1), None):
+            raise ValueError(f"wrappers: {double} is there twice; keep one of them")
+        return self
+
+    @property
+    def takes_shaped_noise(self) -> bool:
+        """Whether a wrapper may change the noise with which the estimator perturbs weights."""
+        return False
+
     @property
     def needs_gradient(self) -> bool:
         """Whether it needs what backprop leaves behind."""
-        return False
+        return any(wrapper.needs_gradient for wrapper in self.wrappers)
 
     @property
     def forwards(self) -> int:

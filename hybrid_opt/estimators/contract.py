@@ -112,6 +112,12 @@ def chain(estimator: Estimator) -> Iterator[Any]:
         part = getattr(part, "inner", None)
 
 
+def innermost(estimator: Estimator) -> Any:
+    """The estimator that evaluates something, without what is around it."""
+    *_, part = chain(estimator)
+    return part
+
+
 @dataclass(frozen=True)
 class WeightedSum:
     """`sum_j weight_j * estimate_j`."""

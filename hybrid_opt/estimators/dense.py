@@ -46,6 +46,7 @@ class DensePerturbation:
     ):
         self.directions = Independent(directions) if isinstance(directions, str) else directions
         self.sigma = sigma
+        self.scales: Mapping[str, float] = {}
         self.whole_model = whole_model
         self.forward_size = forward_size or ForwardSize()
         self._outside: dict[tuple[nn.Module, frozenset[str]], tuple[frozenset[str], int]] = {}
@@ -109,6 +110,7 @@ class DensePerturbation:
 
     def add_noise(self, keys: Sequence[Key], coefficients: Tensor, shard: Shard, out: Tensor) -> None:
         """See `Perturbation.add_noise`. Products and sums are taken one by one, so a slice equals that of the whole."""
+        coefficients = coefficients / self.scales.get(shard.name, 1.0)
         block = block_size(out.device)
         for at in range(0, len(out), block):
             piece = out[at : at + block]
@@ -122,10 +124,11 @@ class DensePerturbation:
         """New weights for a member, made block by block, so that no second copy in float32 is needed."""
         result = torch.empty_like(original, memory_format=torch.contiguous_format)
         flat, source = result.view(-1), original.reshape(-1)
+        scale = member.sign * self.sigma * self.scales.get(name, 1.0)
         block = block_size(original.device)
         for at in range(0, len(flat), block):
             noise = self.directions.read([member.key], name, at, min(block, len(flat) - at), original.device)[0]
-            flat[at : at + block] = noise.mul_(member.sign * self.sigma).add_(source[at : at + block])
+            flat[at : at + block] = noise.mul_(scale).add_(source[at : at + block])
         return result
 
     def _rehearsed(

@@ -1,14 +1,14 @@
-"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `drawn_noise.py`.
+"""Low rank perturbation: many members share one forward pass, and weights are never written. Next: `sides.py`.
 
-One idea: a matrix's noise is `E = B^T A / sqrt(r)` with B (r, m) and A (r, n) standard normal, so a layer's output for a
-perturbed matrix is its plain output plus two thin products, which can differ from row to row of a batch.
+One idea: a matrix's noise is `E = B^T A` with thin sides B (r, m) and A (r, n), so a layer's output for a perturbed matrix is its plain
+output plus two thin products, which can differ from row to row of a batch.
 Source: EGGROLL (arXiv 2511.16652).
 """
 
-import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from hybrid_opt.estimators.noise import Key, StepKey, gaussian
 from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.refusal import refusal
 from hybrid_opt.estimators.rehearsal import Rehearsal, rehearse
+from hybrid_opt.estimators.sides import FreshSides, Sides
 from hybrid_opt.objectives.contract import Objective, select
 
 
@@ -45,23 +46,25 @@ class _Forms:
 
 
 class LowRankPerturbation:
-    """`W + sign * sigma / sqrt(r) * B^T A` for a matrix W (m, n); `w + sign * sigma * eps` for a vector.
+    """`W + sign * sigma * B^T A` for a matrix W (m, n); `w + sign * sigma * eps` for a vector.
 
     Args:
+        sides: where A and B come from, or the rank of independent ones, standard normal and divided by the root of the rank.
         otherwise: what to do with a parameter that cannot be evaluated this way: `refuse` it with an error, give it
             `dense` noise (one member a forward pass), or leave it `frozen`.
     """
 
     def __init__(
         self,
-        noise_rank: int,
+        sides: Sides | int,
         sigma: float,
         *,
         otherwise: str = "refuse",
         forward_size: ForwardSize | None = None,
     ):
-        self.noise_rank = noise_rank
+        self.sides = FreshSides(sides) if isinstance(sides, int) else sides
         self.sigma = sigma
+        self.scales: Mapping[str, float] = {}
         self.otherwise = otherwise
         self.forward_size = forward_size or ForwardSize()
         self.dense = DensePerturbation("gaussian", sigma)
@@ -74,10 +77,15 @@ class LowRankPerturbation:
         reasons = why_not(engine.model, {name: engine.parameters[name] for name in names})
         if reasons and self.otherwise == "refuse":
             raise UserError(refusal(*next(iter(reasons.items()))))
+        self.sides.check(engine, [name for name in names if name not in reasons])
 
     def ready(self, engine: Engine, names: Collection[str], keys: Sequence[Key], key: StepKey) -> "LowRankPerturbation":
-        """See `Perturbation.ready`: nothing depends on the step."""
-        return self
+        """See `Perturbation.ready`. What has been found of the model and kept of the noise is one for all steps."""
+        result = copy(self)
+        result.sides = self.sides.ready(key)
+        result.dense = copy(self.dense)
+        result.dense.scales = self.scales
+        return result
 
     def evaluate(
         self,
@@ -140,7 +148,7 @@ class LowRankPerturbation:
             return self.dense.add_noise(keys, coefficients, shard, out)
         if form == "frozen":
             return None
-        c = coefficients.to(out.device, torch.float32)
+        c = (coefficients / self.scales.get(shard.name, 1.0)).to(out.device, torch.float32)
         if len(shard.shape) != 2:
             noise = self._drawn.recall(keys, shard.name, shard.start, shard.start + len(out))
             if noise is None:
@@ -151,9 +159,9 @@ class LowRankPerturbation:
         first, last = shard.start // n, -(-(shard.start + len(out)) // n)  # the rows that the shard touches
         sides = self._drawn.recall(keys, shard.name, first, last)
         if sides is None:
-            sides = self._sides([key.fold(shard.name) for key in keys], shard.shape, first, last, out.device)
+            sides = self.sides.rows(keys, shard.name, shard.shape, first, last, out.device)
         b, a = (side.flatten(0, 1) for side in sides)
-        c = c if self.noise_rank == 1 else c.repeat_interleave(self.noise_rank)
+        c = c.repeat_interleave(len(b) // len(c)) if len(b) > len(c) else c
         left = (b * c.unsqueeze(1)).T
         if len(out) == (last - first) * n:
             out.view(-1, n).addmm_(left, a)  # in place: the product itself would be as large as the matrix
@@ -202,34 +210,26 @@ class LowRankPerturbation:
         for names in _of_equal_shape(parameters):
             p, shape = parameters[names[0]], whole_shape(parameters[names[0]])
             keys = [key.fold(name) for name in names for key in directions]
-            count = self.noise_rank * sum(shape) if len(shape) == 2 else shape.numel()
+            count = self.sides.values(shape) if len(shape) == 2 else shape.numel()
             noise = gaussian(keys, 0, count, device, out=self._drawn.memory(len(keys), count, device))
-            drawn = self._split(noise, shape) if len(shape) == 2 else (noise,)
-            drawn = [noise.view(len(names), len(directions), *noise.shape[1:]) for noise in drawn]
-            self._drawn.keep(names, directions, drawn)
+            noise = noise.view(len(names), len(directions), count)
             if len(shape) == 2:
-                b, a = (side.to(p.dtype) for side in drawn)
+                b, a = self.sides.split(noise, names, shape)
+                self._drawn.keep(names, directions, [side.expand(-1, len(directions), -1, -1) for side in (b, a)])
+                b, a = (side.to(p.dtype).expand(-1, len(directions), -1, -1) for side in (self._scaled(names, b), a))
                 factors.matrices.update(zip(names, zip(a, b, strict=True), strict=True))
             else:
-                factors.vectors.update(zip(names, drawn[0].unflatten(-1, shape), strict=True))
+                self._drawn.keep(names, directions, [noise])
+                factors.vectors.update(zip(names, self._scaled(names, noise).unflatten(-1, shape), strict=True))
         factors.share(hooks.same_input)
         return factors
 
-    def _sides(
-        self, keys: Sequence[Key], shape: torch.Size, first: int, last: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """`B / sqrt(r)` (keys, r, last - first) for some of the rows, and A (keys, r, n), which comes first in a key's noise."""
-        r, (m, n) = self.noise_rank, shape
-        if (first, last) == (0, m):
-            return self._split(gaussian(keys, 0, r * (n + m), device), shape)
-        a = gaussian(keys, 0, r * n, device)
-        b = [gaussian(keys, r * n + k * m + first, last - first, device) for k in range(r)]
-        return torch.stack(b, dim=1).div_(math.sqrt(r)), a.view(-1, r, n)
-
-    def _split(self, noise: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        r, (m, n) = self.noise_rank, shape
-        a, b = noise.split([r * n, r * m], dim=1)
-        return (b.div_(math.sqrt(r)) if r > 1 else b).view(-1, r, m), a.view(-1, r, n)
+    def _scaled(self, names: Sequence[str], noise: Tensor) -> Tensor:
+        """Noise of some parameters (names, ...) times their factors of sigma; what is kept for the update stays as it was drawn."""
+        if not self.scales:
+            return noise
+        scales = torch.tensor([self.scales.get(name, 1.0) for name in names], device=noise.device)
+        return noise * scales.view(-1, *[1] * (noise.dim() - 1))
 
     def _rehearsed(self, engine: Engine, objective: Objective, batch: Any, names: Collection[str]) -> _Forms:
         key = (engine.model, frozenset(names))

@@ -4,7 +4,7 @@ One idea: a perturbation does two things with the same noise. `evaluate` finds t
 directions once their coefficients are known. In between there is nothing that must be kept but keys.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +27,10 @@ class Member:
 
 class Perturbation(Protocol):
     """A form of noise, with its scale sigma."""
+
+    scales: Mapping[str, float]
+    """For some parameters a factor s of sigma, else 1: `evaluate` multiplies noise by it and `add_noise` divides by it, so that
+    estimates keep the gradient's units, `1/(N sigma s) sum w eps`."""
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """Raise UserError for a parameter whose noise cannot be evaluated."""

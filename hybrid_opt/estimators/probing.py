@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.config.perturbations import DensePerturbation as DenseConfig
+from hybrid_opt.config.perturbations import LazySubspace
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.engines.ranks import Ranks
@@ -26,6 +27,7 @@ from hybrid_opt.estimators.mixed_directions import directions_of
 from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.perturbation import Member, Perturbation
+from hybrid_opt.estimators.sides import LazySides
 from hybrid_opt.objectives.contract import Generates, Objective, Tally, count_examples, count_tokens, select
 
 
@@ -179,7 +181,8 @@ def build_perturbation(config: Probing) -> Perturbation:
     if isinstance(form, DenseConfig):
         directions = directions_of(form.distribution)
         return DensePerturbation(directions, config.sigma, whole_model=form.backup == "model", forward_size=size)
-    return LowRankPerturbation(form.noise_rank, config.sigma, otherwise=form.otherwise, forward_size=size)
+    sides = LazySides(form) if isinstance(form, LazySubspace) else form.noise_rank
+    return LowRankPerturbation(sides, config.sigma, otherwise=form.otherwise, forward_size=size)
 
 
 def _tokens(batch: Any, examples: Tensor | None, members: int) -> int:

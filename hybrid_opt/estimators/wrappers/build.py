@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
-from hybrid_opt.config.wrappers import LayerSubset, NormCap, ReplayedMomentum, Wrapper
+from hybrid_opt.config.wrappers import LayerSubset, NormCap, RelativeSigma, ReplayedMomentum, SparseMask, Wrapper
 from hybrid_opt.estimators.contract import Estimator
 from hybrid_opt.estimators.wrappers.layer_subset import LayerSubsetEstimator
 from hybrid_opt.estimators.wrappers.momentum import MomentumEstimator
 from hybrid_opt.estimators.wrappers.norm_cap import NormCapEstimator
+from hybrid_opt.estimators.wrappers.relative_sigma import RelativeSigmaEstimator
+from hybrid_opt.estimators.wrappers.sparse_mask import SparseMaskEstimator
 
 
 def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
@@ -19,4 +21,8 @@ def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
                 estimator = NormCapEstimator(estimator, wrapper)
             case ReplayedMomentum():
                 estimator = MomentumEstimator(estimator, wrapper)
+            case RelativeSigma():
+                estimator = RelativeSigmaEstimator(estimator, wrapper)
+            case SparseMask():
+                estimator = SparseMaskEstimator(estimator, wrapper)
     return estimator

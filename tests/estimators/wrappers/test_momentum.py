@@ -79,12 +79,10 @@ def test_forward_gradients_can_be_replayed():
 
 
 def test_low_rank_noise_that_depends_on_an_evaluation_is_refused():
-    with pytest.raises(UserError, match=r"those of spsa depend on more than keys .*otherwise: dense or frozen"):
+    with pytest.raises(UserError, match=r"those of spsa depend on more .*otherwise: dense or frozen"):
         hybrid(momentum(), perturbation={"type": "low_rank", "otherwise": "frozen"})
 
 
 def test_a_stale_gradient_cannot_be_replayed():
-    with pytest.raises(
-        UserError, match=r"those of stale_gradient depend on more than keys.*update: \{type: momentum\}"
-    ):
+    with pytest.raises(UserError, match=r"those of stale_gradient depend on more.*update: \{type: momentum\}"):
         hybrid(momentum(), kind="stale_gradient")
