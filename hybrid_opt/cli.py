@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | ablate | report | schema | bench. Next: `config/loading.py`, then `training/build.py`.
+"""The command line: train | check | plan | ablate | report | schema | bench | verify. Next: `config/loading.py`, then `training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -252,6 +252,67 @@ def bench(
         console.print(case_table(measured))
         for line in (*remarks(measured), *notes):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    run: Annotated[
+        Optional[Path],
+        typer.Argument(metavar="[RUN.yaml]", help="Measure on its model and data too.", show_default=False),
+    ] = None,
+    overrides: Overrides = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(help="Instead of a run file: alias, folder or hub id; with --data.", show_default=False),
+    ] = None,
+    data: Annotated[Optional[str], typer.Option(help="Rows, as data.train in a run file.", show_default=False)] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="As data.prompt.", show_default=False)] = None,
+    completion: Annotated[Optional[str], typer.Option(help="As data.completion.", show_default=False)] = None,
+    text: Annotated[Optional[str], typer.Option(help="As data.text: the column of text.", show_default=False)] = None,
+    directions: Annotated[
+        int,
+        typer.Option(min=128, help="On a real model, of each estimator in all its estimates; 16 estimates at least."),
+    ] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Decides all noise of the measurements on known losses.")] = 0,
+    json_file: Annotated[
+        Optional[Path], typer.Option("--json", metavar="FILE", help="Write the rows there.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure what theory says of the estimators, on this machine; exit status 1 if anything disagrees."""
+    from hybrid_opt.config import located
+    from hybrid_opt.studies.bench_plan import check_json
+    from hybrid_opt.studies.verify.subject import subject
+
+    check_json(json_file)
+    options = {"model": model, "data": data, "prompt": prompt, "completion": completion, "text": text}
+    chosen = subject(run, overrides or (), **options)
+    _quiet()
+    from rich.console import Console
+
+    from hybrid_opt.studies.bench import write_json
+    from hybrid_opt.studies.bench_table import StatusLine
+    from hybrid_opt.studies.verify.real_model import RealModel
+    from hybrid_opt.studies.verify.registry import measured
+    from hybrid_opt.studies.verify.sampling import Trials
+    from hybrid_opt.studies.verify.writing import KNOWN, REAL, verdict, verify_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
+    with StatusLine() as line:
+        if chosen:
+            with located(chosen[1]):
+                real = RealModel.load(chosen[0])  # whatever is wrong with it is said before anything is measured
+        known = list(measured(Trials(seed), line.show))
+        line.show("")
+        console.print(verify_table(known, "losses with known gradients", KNOWN))
+        found = list(real.measured(directions, line.show)) if chosen else []
+    if found:
+        console.print(verify_table(found, f"{chosen[0].model.name or 'model'} on {chosen[0].data.train}", REAL))
+    rows = [*known, *found]
+    console.print(verdict(rows), markup=False, highlight=False, soft_wrap=True)
+    if json_file:
+        write_json(json_file, [row.row() for row in rows])
+    if any(row.passed is False for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()

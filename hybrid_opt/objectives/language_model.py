@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 IGNORED = -100
@@ -45,7 +46,8 @@ def last_logits(model: nn.Module, inputs: dict[str, Tensor], keep: int, *, skip:
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     """`-log softmax(logits)[label]` of each position, (rows, positions) float32; 0 where the label is `IGNORED`."""
     flat, labels_flat = logits.flatten(0, 1), labels.flatten()
-    if torch.is_grad_enabled():
+    carries_slope = forward_ad.unpack_dual(logits).tangent is not None
+    if torch.is_grad_enabled() or carries_slope:  # neither can be written into a buffer
         return F.cross_entropy(flat.float(), labels_flat, ignore_index=IGNORED, reduction="none").view(labels.shape)
     # Some rows at a time, in one buffer: what lies between logits and losses stays in a processor's cache.
     size = max(1, LOSS_BLOCK // flat.shape[1])

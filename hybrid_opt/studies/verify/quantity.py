@@ -1,0 +1,99 @@
+"""One row of the table: a number that theory gives, and the same number measured. Next: `known_losses.py`.
+
+One idea: a row passes if theory lies within the measurement's interval, and the interval is narrow enough that a wrong estimator would
+lie outside.
+
+Intervals leave out a right program's row with probability 6.8e-6 (Student's t; 4.5 standard errors where there are many repeats), so by
+Bonferroni's inequality all of up to 100 rows pass together with probability 99.9 %.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+STANDARD_ERRORS = 4.5
+"""To each side, for many repeats."""
+RESOLUTION = 0.25
+"""Half an interval is at most this share of what theory says. An estimate that is 1.3 times too long has 1.69 times the square."""
+
+WHOLE_RESOLUTION = 0.5
+"""The same for the cosine on a whole real model, where estimates are dear."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number in theory and measured."""
+
+    name: str
+    theory: float | None
+    """None: measured only, there is no law to compare with."""
+    measured: float
+    low: float
+    high: float
+    """The interval; `low = high = measured` where nothing is random."""
+    passed: bool | None
+    """None where there is no law."""
+
+    def row(self) -> dict[str, Any]:
+        """For the JSON file."""
+        values = asdict(self)
+        return {"quantity": values.pop("name"), **values}
+
+
+def exactly(name: str, theory: float, measured: float, tolerance: float = 0.0) -> Quantity:
+    """A quantity in which nothing is random.
+
+    Args:
+        tolerance: largest difference that floating point explains; 0: bit for bit.
+    """
+    return Quantity(name, theory, measured, measured, measured, abs(measured - theory) <= tolerance)
+
+
+def mean_of(name: str, theory: float, values: Tensor, resolution: float = RESOLUTION) -> Quantity:
+    """The mean of independent values, (repeats,)."""
+    return function_of_means(name, theory, values.view(-1, 1), lambda mean: mean[..., 0], resolution)
+
+
+def function_of_means(
+    name: str,
+    theory: float | None,
+    samples: Tensor,
+    function: Callable[[Tensor], Tensor],
+    resolution: float = RESOLUTION,
+) -> Quantity:
+    """A smooth function of means, such as the quotient of two; its standard error by the jackknife (Efron & Stein 1981).
+
+    Args:
+        samples: independent rows, (repeats, k).
+        function: of means (..., k) to (...).
+        resolution: most that half the interval may be, as a share of theory.
+    """
+    samples = samples.double()
+    count, total = len(samples), samples.sum(dim=0)
+    measured = function(total / count).item()
+    without_one = function((total - samples) / (count - 1))
+    error = ((without_one - without_one.mean()).square().sum() * (count - 1) / count).sqrt().item()
+    half = _quantile(count - 1) * error
+    passed = None if theory is None else abs(measured - theory) <= half <= resolution * abs(theory)
+    return Quantity(name, theory, measured, measured - half, measured + half, passed)
+
+
+def squared_cosine(means: Tensor) -> Tensor:
+    """`E[<a, g>]^2 / E|a|^2`, of means of `<a, g> / |g|^2` and `|a|^2 / |g|^2`: the share of |g|^2 that the best multiple of a explains."""
+    return means[..., 0].square() / means[..., 1]
+
+
+def error_of(samples: Tensor) -> Tensor:
+    """`|a - g|^2 / |g|^2`, (repeats,), of `<a, g> / |g|^2` and `|a|^2 / |g|^2`, (repeats, 2)."""
+    along, squared = samples.double().unbind(-1)
+    return squared - 2 * along + 1
+
+
+def _quantile(freedom: int) -> float:
+    """That of Student's t which leaves out as much as 4.5 standard deviations of a normal variable do (Cornish and Fisher's expansion)."""
+    z = STANDARD_ERRORS
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
