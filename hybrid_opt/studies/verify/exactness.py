@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hybrid_opt.estimators.noise import Key
-from hybrid_opt.estimators.perturbation import Member
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key
+from hybrid_opt.perturbations.contract import Member
 from hybrid_opt.studies.verify.known_losses import Known, TiedLoss
 from hybrid_opt.studies.verify.quantity import Quantity, exactly
 from hybrid_opt.studies.verify.sampling import DENSE, Trials, estimated, estimator_of

@@ -12,7 +12,8 @@ from torch import Tensor
 from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.local import Gradients
 from hybrid_opt.engines.update_rules import Sgd
-from hybrid_opt.estimators.noise import Key, gaussian
+from hybrid_opt.noise.drawing import gaussian
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.studies.verify.known_losses import Known, LeastSquares
 from hybrid_opt.studies.verify.quantity import Quantity, exactly
 from hybrid_opt.studies.verify.sampling import DENSE, Trials, estimated, estimator_of

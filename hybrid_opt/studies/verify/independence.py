@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_opt.estimators.noise import Key
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.studies.verify.known_losses import Known, LinearLoss
 from hybrid_opt.studies.verify.quantity import Quantity, function_of_means
 from hybrid_opt.studies.verify.sampling import DENSE, Trials, estimator_of

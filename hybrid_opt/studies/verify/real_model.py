@@ -19,12 +19,12 @@ from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.engines.contract import whole_shape
+from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Estimate
 from hybrid_opt.estimators.followers import Followers
-from hybrid_opt.estimators.inner_products import inner_products
 from hybrid_opt.estimators.modes import training_mode
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import count_examples, select
 from hybrid_opt.scheduling.policy import layer_number, may_ever_move
 from hybrid_opt.studies.verify.laws import Part, directions_of, expected_cosine, expected_dimension

@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator
-from hybrid_opt.estimators.noise import StepKey
+from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.studies.verify.known_losses import Known, LinearLoss
 
 DENSE = {"type": "dense"}
