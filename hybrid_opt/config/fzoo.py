@@ -1,4 +1,4 @@
-"""Options of `fzoo`, steps of a length that the losses' spread decides. Next: `wrappers.py`."""
+"""Options of `fzoo`, steps of a length that the losses' spread decides. Next: `guided.py`."""
 
 from typing import Annotated, Literal
 

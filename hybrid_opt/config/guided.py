@@ -1,4 +1,4 @@
-"""Probes along what backprop left behind, beside random ones. Next: `estimators.py`.
+"""Probes along what backprop left behind, beside random ones. Next: `forward_gradient.py`.
 
 One idea: where guides come from, how they are stored and how probes use them are three choices, and each is independent of the others.
 """

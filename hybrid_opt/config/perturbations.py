@@ -1,4 +1,4 @@
-"""Forms of noise that a schedule file may choose: how a random direction changes the weights. Next: `probing.py`."""
+"""Forms of noise that a schedule file may choose: how a random direction changes the weights. Next: `wrappers.py`."""
 
 from collections.abc import Mapping
 from math import prod

@@ -1,4 +1,4 @@
-"""Estimators that evaluate the loss at perturbed weights, and no gradient. Next: `estimators.py`.
+"""Estimators that evaluate the loss at perturbed weights, and no gradient. Next: `align.py`.
 
 One idea: they differ in how losses become coefficients of directions; how directions are drawn and evaluated is common to all.
 """

@@ -1,4 +1,4 @@
-"""How far and by which rule an estimator steps; what all estimators share. Next: `perturbations.py`.
+"""How far and by which rule an estimator steps; what all estimators share. Next: `probing.py`.
 
 One idea: an estimator gives a direction, so its step length, its update rule and what wraps it are the same few options whatever the
 direction came from.

@@ -1,4 +1,4 @@
-"""The pydantic settings and number types that every configuration model shares. Next: `schedule.py`."""
+"""The pydantic settings and number types that every configuration model shares. Next: `perturbations.py`."""
 
 from typing import Annotated, Any
 
