@@ -1,6 +1,6 @@
 """hybrid_opt: fine-tune language models by mixing evolution strategies with occasional backprop steps.
 
-The public names, imported when first used, so that the command line starts at once. Reading route: `cli.py`, `config/`,
+The public names, imported when first used, so that the command line starts at once. Reading route: `cli/`, `config/`,
 `training/build.py`, `training/hybrid_optimizer.py`, `estimators/`, `engines/`.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m hybrid_opt`: the same as the command `hybrid-opt`. Next: `cli.py`."""
+"""`python -m hybrid_opt`: the same as the command `hybrid-opt`. Next: `cli/__init__.py`."""
 
 from hybrid_opt.cli import main
 

@@ -99,7 +99,18 @@ every_size = pytest.mark.parametrize("ranks", [1, 2, 4])
 
 
 @one_and_two
-@pytest.mark.parametrize("name", ["es_low_rank", "es_dense", "es_in_bfloat16", "es_on_a_reward"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "es_low_rank",
+        "es_dense",
+        "es_in_bfloat16",
+        "es_on_a_reward",
+        "es_in_a_lazy_subspace",
+        "es_under_a_mask",
+        "es_with_relative_sigma",
+    ],
+)
 def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, name):
     # Every forward pass has the same two members wherever it runs, and every rank adds the same noise in the same order.
     found = results(ranks, name)
@@ -117,6 +128,7 @@ def test_es_gives_the_local_engines_losses_and_weights_bitwise(results, ranks, n
         "alternate_with_sgd",
         "blend_with_adamw",
         "blend_with_sgd",
+        "es_under_the_mask_of_a_gradient",
     ],
 )
 def test_schedules_with_backprop_are_the_local_engines_but_for_rounding(results, ranks, name):
@@ -360,6 +372,7 @@ def test_the_estimate_does_not_depend_on_the_number_of_ranks(results, name, stag
         "adam es beside backprop, norms frozen",
         "bf16 alternate with momentum",
         "stale gradients",
+        "masks of gradients",
         "bf16 by groups",
     ],
 )

@@ -809,6 +809,7 @@ def resumed(folder):
     result = {}
     momentum = {**ES, "update": {"type": "momentum"}}
     adam = {**ES, "update": {"type": "adam"}, "learning_rate": 0.005}
+    sensitive = {"type": "sparse_mask", "keep": 0.2, "by": "sensitivity", "refresh": 2}
     attention_es = [
         {"match": "attn", "use": ["es"]},
         {"match": "norm", "use": "frozen"},
@@ -820,6 +821,7 @@ def resumed(folder):
         "adam es beside backprop, norms frozen": (schedule_file(BLEND, es=adam, policy=attention_es), {}),
         "bf16 alternate with momentum": (schedule_file(ALTERNATE, es=momentum), {"bf16": True}),
         "stale gradients": (schedule_file(STALE_TURNS), {}),
+        "masks of gradients": (schedule_file(TURNS, es={**DENSE, "wrappers": [sensitive]}), {}),
         "bf16 by groups": (schedule_file(BLEND, es=momentum, policy=attention_es), {"bf16": True}),
         "bf16 by groups, rounded at random": (schedule_file(BLEND, es=momentum, policy=attention_es), rounded),
     }

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hybrid_opt import cli
 from hybrid_opt.config.estimators import StaleGradient
 from hybrid_opt.config.probing import Spsa
-from hybrid_opt.estimators import dense
 from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.perturbations import dense
 from hybrid_opt.studies.verify import errors, exactness, guided, registry, shaping
 from hybrid_opt.studies.verify.laws import Part, expected_dimension
 from hybrid_opt.studies.verify.quantity import STANDARD_ERRORS, _quantile, exactly, function_of_means, mean_of

@@ -1,0 +1,98 @@
+"""Commands for one run: train | check | plan | schema. Next: `studies.py`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, Optional
+
+import typer
+
+from hybrid_opt.cli.arguments import Overrides, RunPath, SchedulePath, load, quiet, rank
+from hybrid_opt.errors import UserError
+
+
+def train(
+    run: RunPath,
+    overrides: Overrides = None,
+    schedule: SchedulePath = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
+    display: Annotated[
+        Literal["auto", "dashboard", "lines", "none"],
+        typer.Option(help="How the run is shown; auto: as a dashboard on a terminal, by lines elsewhere."),
+    ] = "auto",
+) -> None:
+    """Train a model as a run file says."""
+    if resume and overwrite:
+        raise UserError("command line: --resume goes on with a run, --overwrite replaces it; give one of them")
+    config, source = load(run, overrides, schedule)
+    quiet()
+    from rich.console import Console
+
+    from hybrid_opt.config import located
+    from hybrid_opt.training.build import build
+    from hybrid_opt.training.dashboard import display_for
+    from hybrid_opt.training.progress import summary_table
+
+    console = Console(quiet=rank() > 0)
+    with located(source):
+        shown = display_for(display, console, config.training.budget)
+        trainer = build(config, overwrite=overwrite, resume=resume, display=shown)
+        summary = trainer.train()
+    console.print(summary_table(summary))
+    if summary.finished:
+        output = Path(config.output)
+        for what, name in (("picture", "curves.png"), ("metrics", "metrics.jsonl"), ("model", "model")):
+            console.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
+
+
+def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
+    """Validate a run file without training, and show which estimators may move which parameters."""
+    from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
+    from hybrid_opt.config import located
+    from hybrid_opt.config.reporting import refuse_missing_packages
+    from hybrid_opt.objectives.checking import check_data
+
+    config, source = load(run, overrides, schedule)
+    with located(source):
+        check_data(config)
+        refuse_missing_packages(config.report_to)
+        tables = [*policy_tables(config), *engine_notes(config), *objective_lines(config)]
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for table in tables:
+        console.print(table, highlight=False, soft_wrap=not isinstance(table, Table))
+    console.print(f"{run}: valid", highlight=False, soft_wrap=True)
+
+
+def plan(
+    run: RunPath,
+    overrides: Overrides = None,
+    schedule: SchedulePath = None,
+    steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Steps to show; left out: all.")] = None,
+) -> None:
+    """Show which estimators act when and what each costs, without loading the model."""
+    from rich.console import Console
+
+    from hybrid_opt.checking import cost_table, timeline
+    from hybrid_opt.config import located
+
+    config, source = load(run, overrides, schedule)
+    if (steps := steps or config.training.steps) is None:
+        raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    console = Console()
+    for line in timeline(config, steps):
+        console.print(line, highlight=False)
+    with located(source):
+        console.print(cost_table(config), highlight=False)
+
+
+def schema(
+    kind: Annotated[Literal["run", "schedule", "study"], typer.Argument(help="Which file's schema.")] = "run",
+) -> None:
+    """Print the JSON schema of run files, schedule files or study files, for editors that complete YAML with it."""
+    from hybrid_opt.config import RunFile, ScheduleFile, StudyFile
+
+    model = {"run": RunFile, "schedule": ScheduleFile, "study": StudyFile}[kind]
+    typer.echo(json.dumps(model.model_json_schema(), indent=2))
