@@ -1,11 +1,10 @@
 """Options of `align`, the projection of the gradient onto a step's directions. Next: `fzoo.py`."""
 
-from typing import ClassVar, Literal
-
-from pydantic import model_validator
+from typing import Literal
 
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.strict import PositiveInt
+from hybrid_opt.config.wrappers import RelativeSigma, Wrapper
 
 
 class Align(Probing):
@@ -21,16 +20,14 @@ class Align(Probing):
     pairs: PositiveInt = 8
     """Number of directions q, not more than values that are moved."""
 
-    takes_shaped_noise: ClassVar[bool] = True
-
-    @model_validator(mode="after")
-    def _directions_are_those_evaluated(self):
-        if any(wrapper.type == "relative_sigma" for wrapper in self.wrappers):
-            raise ValueError(
-                "wrappers: relative_sigma evaluates along other directions than it adds up, and align projects onto those that it evaluates; "
-                "take relative_sigma off, or use spsa"
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`."""
+        if isinstance(wrapper, RelativeSigma):
+            return (
+                "it projects onto the directions that it evaluates, and relative_sigma adds up others than it evaluates along; take it "
+                "off, or use spsa"
             )
-        return self
+        return super().unsuited(wrapper)
 
     @property
     def forwards(self) -> int:

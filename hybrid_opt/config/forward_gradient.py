@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from hybrid_opt.config.steps import DirectStep
 from hybrid_opt.config.strict import PositiveInt
+from hybrid_opt.config.wrappers import RelativeSigma, Wrapper
 
 
 class ForwardGradient(DirectStep):
@@ -19,10 +20,14 @@ class ForwardGradient(DirectStep):
     type: Literal["forward_gradient"]
     tangents: PositiveInt = 1
     """Number of directions k; their estimates are averaged."""
-    distribution: Literal["gaussian", "rademacher"] = "rademacher"
-    """Distribution of a direction's values: standard normal, or -1 and +1 with equal probability (a little less variance)."""
+    distribution: Literal["gaussian", "rademacher", "sphere", "orthogonal"] = "rademacher"
+    """As that of dense noise; the last two draw it once more a step."""
     micro_batch_size: PositiveInt | None = None
     """Most examples in a forward pass; null: all."""
+
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`."""
+        return "it has no sigma; take it off, or use spsa" if isinstance(wrapper, RelativeSigma) else ""
 
     @property
     def forwards(self) -> int:

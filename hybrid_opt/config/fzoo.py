@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from hybrid_opt.config.perturbations import DensePerturbation, Perturbation
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.strict import Number
+from hybrid_opt.config.wrappers import Wrapper
 
 
 class Fzoo(Probing):
@@ -52,10 +53,11 @@ class Fzoo(Probing):
             )
         return self
 
-    @property
-    def takes_shaped_noise(self) -> bool:
-        """Not with `reuse`: the step before had other masks or sizes."""
-        return not self.reuse
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`."""
+        if self.reuse:
+            return f"reuse takes directions of the step before, which had other noise; write reuse: false, or take {wrapper.type} off"
+        return super().unsuited(wrapper)
 
     @property
     def forwards(self) -> int:

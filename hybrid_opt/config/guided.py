@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from hybrid_opt.config.perturbations import DensePerturbation, Perturbation
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.strict import Fraction, PositiveFloat, PositiveInt, Strict
+from hybrid_opt.config.wrappers import Wrapper
 
 
 class Gradients(Strict):
@@ -143,6 +144,13 @@ class Guided(Probing):
                 f"write {self.guides.count + 1} or more"
             )
         return self
+
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`."""
+        return (
+            "its noise is kept at right angles to the guides, which the wrapper would not reach; use spsa, or narrow what it moves by the "
+            "policy or layer_subset"
+        )
 
     @property
     def directions_from_keys(self) -> bool:

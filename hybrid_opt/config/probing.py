@@ -4,14 +4,14 @@ One idea: they differ in how losses become coefficients of directions; how direc
 """
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
 from hybrid_opt.config.strict import PositiveFloat, PositiveInt
-from hybrid_opt.config.wrappers import SparseMask
+from hybrid_opt.config.wrappers import SparseMask, Wrapper
 
 
 class Probing(DirectStep):
@@ -35,15 +35,14 @@ class Probing(DirectStep):
         """See `DirectStep`: unless the perturbation says otherwise."""
         return self.perturbation.directions_from_keys
 
-    @model_validator(mode="after")
-    def _masked_noise_is_dense(self):
-        masked = any(isinstance(wrapper, SparseMask) for wrapper in self.wrappers)
-        if masked and not isinstance(self.perturbation, DensePerturbation):
-            raise ValueError(
-                f"wrappers: sparse_mask picks single values, and {self.perturbation.type} noise under a mask is low rank no more; write "
-                "perturbation: {type: dense}, or take sparse_mask off"
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`: a mask needs noise with a value for each weight."""
+        if isinstance(wrapper, SparseMask) and not isinstance(self.perturbation, DensePerturbation):
+            return (
+                f"{self.perturbation.type} noise of which single values are picked is low rank no more; write perturbation: "
+                "{type: dense}, or take sparse_mask off"
             )
-        return self
+        return ""
 
     def examples(self, batch_size: int) -> int:
         """Examples that a member sees."""
@@ -61,8 +60,6 @@ class Probing(DirectStep):
 
 class EvolutionStrategy(Probing):
     """Gradient estimate from forward passes at a population of perturbed weights."""
-
-    takes_shaped_noise: ClassVar[bool] = True
 
     type: Literal["es"]
     population_size: Annotated[int, Field(ge=2)] = 16
@@ -121,8 +118,6 @@ class EvolutionStrategy(Probing):
 
 class Spsa(Probing):
     """Slopes along q random directions (Spall 1992; MeZO, arXiv 2305.17333): 2 q forward passes a step, and no memory."""
-
-    takes_shaped_noise: ClassVar[bool] = True
 
     type: Literal["spsa"]
     pairs: PositiveInt = 1

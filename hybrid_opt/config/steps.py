@@ -106,20 +106,18 @@ class DirectStep(LearningRate):
 
     @model_validator(mode="after")
     def _wrappers_find_noise(self):
-        shaping = [wrapper.type for wrapper in self.wrappers if wrapper.shapes_noise]
-        if shaping and not self.takes_shaped_noise:
-            raise ValueError(
-                f"wrappers: {shaping[0]} changes the noise with which weights are perturbed, and {self.type} has no noise, or needs its "
-                f"directions as they are; take {shaping[0]} off, or use es or spsa"
-            )
-        if double := next((name for name in shaping if shaping.count(name) > 1), None):
+        shaping = [wrapper for wrapper in self.wrappers if wrapper.shapes_noise]
+        for wrapper in shaping:
+            if reason := self.unsuited(wrapper):
+                raise ValueError(f"wrappers: {wrapper.type} does not suit {self.type}: {reason}")
+        names = [wrapper.type for wrapper in shaping]
+        if double := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"wrappers: {double} is there twice; keep one of them")
         return self
 
-    @property
-    def takes_shaped_noise(self) -> bool:
-        """Whether a wrapper may change the noise with which the estimator perturbs weights."""
-        return False
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """Why a wrapper cannot change the noise of this estimator, and what to write instead; empty if it can."""
+        return f"it draws no noise; take {wrapper.type} off, or use spsa or es"
 
     @property
     def needs_gradient(self) -> bool:

@@ -4,7 +4,7 @@ One idea: weights with a tangent take the place of a module's own while it runs,
 that tangent with them. Nothing is recorded for a backward pass, so tangents live as long as the values that they belong to.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,10 @@ from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.estimators.probing import NoiseSum
-from hybrid_opt.noise.drawing import DISTRIBUTIONS
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 from hybrid_opt.perturbations.dense import DensePerturbation
+from hybrid_opt.perturbations.mixed_directions import directions_of
 from hybrid_opt.perturbations.rehearsal import rehearse
 from hybrid_opt.perturbations.swapping import owners_of, while_running
 
@@ -34,14 +34,15 @@ processor a small Llama took 3.3)."""
 class ForwardGradientEstimator:
     """`g = 1/k sum_j (dL . z_j) z_j` over k tangents z_j, each slope exact (Baydin et al., arXiv 2202.08587).
 
-    Without bias. For n weights `MSE / |g|^2` is (n + 1)/k with Gaussian and (n - 1)/k with Rademacher tangents. Dropout is off. A
+    Without bias. For n weights `MSE / |g|^2` is (n + 1)/k with Gaussian tangents, (n - 1)/k with Rademacher or sphere, n/k - 1 with
+    orthogonal ones. Dropout is off. A
     weight is found as an attribute of its module; a tied one has one tangent for all its places. The row of an embedding's
     `padding_idx`, whose gradient torch's backward pass sets to zero, takes part with its true slope, as in ES.
     """
 
     def __init__(self, config: ForwardGradient):
         self.config = config
-        self.perturbation = DensePerturbation(config.distribution, sigma=1.0)
+        self.perturbation = DensePerturbation(directions_of(config.distribution), sigma=1.0)
         self._outside: dict[tuple[nn.Module, frozenset[str]], frozenset[str]] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
@@ -70,12 +71,15 @@ class ForwardGradientEstimator:
         if not objective.differentiable:
             raise UserError("objective: it has no gradient, which forward_gradient needs; use spsa or es")
         keys = [key.fold(j) for j in range(self.config.tangents)]
+        perturbation = self.perturbation.ready(engine, names, keys, key)
         parameters = {name: p for name, p in engine.parameters.items() if name in names}
         outside = self._used_outside(engine, objective, batch, parameters)
         dealt = engine.ranks.deal(len(keys))
         with training_mode(engine.model, False):
             mine = [
-                self._loss_and_slope(engine, objective, batch, parameters, outside, keys[j])
+                self._loss_and_slope(
+                    engine, objective, batch, parameters, outside, _duals(parameters, perturbation, keys[j])
+                )
                 for j in dealt[engine.ranks.rank]
             ]
         found = torch.empty(len(keys), 2, dtype=torch.float64)
@@ -91,7 +95,7 @@ class ForwardGradientEstimator:
             tokens=len(keys) * count_tokens(batch),
             statistics={"gradient_norm": slopes.square().mean().sqrt().item()},
         )
-        return NoiseSum(self.perturbation, keys, slopes / len(keys)), cost
+        return NoiseSum(perturbation, keys, slopes / len(keys)), cost
 
     def _loss_and_slope(
         self,
@@ -100,13 +104,13 @@ class ForwardGradientEstimator:
         batch: Any,
         parameters: Mapping[str, nn.Parameter],
         outside: Collection[str],
-        key: Key,
+        weights_of: Callable[[str], Tensor],
     ) -> tuple[float, float]:
         """The mean loss of the batch and its slope along one tangent, part by part."""
         loss = slope = 0.0
         count = 0
         for part in self._parts(batch):
-            with forward_ad.dual_level(), _carrying(engine.model, parameters, outside, self._dual(parameters, key)):
+            with forward_ad.dual_level(), _carrying(engine.model, parameters, outside, weights_of):
                 primal, tangent = forward_ad.unpack_dual(_differentiated(objective, engine.model, part))
                 if tangent is None:
                     raise UserError(
@@ -117,16 +121,6 @@ class ForwardGradientEstimator:
                 slope += tangent.double().sum().item()
                 count += len(primal)
         return loss / count, slope / count
-
-    def _dual(self, parameters: Mapping[str, nn.Parameter], key: Key):
-        draw = DISTRIBUTIONS[self.config.distribution]
-
-        def weights_of(name: str) -> Tensor:
-            weights = parameters[name].data
-            tangent = draw([key.fold(name)], 0, weights.numel(), weights.device)[0]
-            return forward_ad.make_dual(weights, tangent.view(weights.shape).to(weights.dtype))
-
-        return weights_of
 
     def _parts(self, batch: Any) -> Iterator[Any]:
         examples, size = count_examples(batch), self.config.micro_batch_size
@@ -145,6 +139,19 @@ class ForwardGradientEstimator:
         return self._outside[place]
 
 
+def _duals(
+    parameters: Mapping[str, nn.Parameter], perturbation: DensePerturbation, key: Key
+) -> Callable[[str], Tensor]:
+    """Weights by name, that carry their part of a direction as their tangent."""
+
+    def weights_of(name: str) -> Tensor:
+        weights = parameters[name].data
+        tangent = perturbation.directions.read([key], name, 0, weights.numel(), weights.device)[0]
+        return forward_ad.make_dual(weights, tangent.view(weights.shape).to(weights.dtype))
+
+    return weights_of
+
+
 def _differentiated(objective: Objective, model: nn.Module, part: Any) -> Tensor:
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
@@ -160,7 +167,10 @@ def _differentiated(objective: Objective, model: nn.Module, part: Any) -> Tensor
 
 @contextmanager
 def _carrying(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], outside: Collection[str], weights_of
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    outside: Collection[str],
+    weights_of: Callable[[str], Tensor],
 ) -> Iterator[None]:
     """Inside, modules compute with `weights_of(name)`; those used outside their module's forward are in place all the time."""
     lasting = {name: p for name, p in parameters.items() if name in outside}

@@ -41,7 +41,14 @@ def slopes_of_autograd(model, losses, batch, parameters, keys):
 
 
 @pytest.mark.parametrize(
-    ("distribution", "k", "expected"), [("gaussian", 1, 49), ("gaussian", 4, 49 / 4), ("rademacher", 4, 47 / 4)]
+    ("distribution", "k", "expected"),
+    [
+        ("gaussian", 1, 49),
+        ("gaussian", 4, 49 / 4),
+        ("rademacher", 4, 47 / 4),
+        ("sphere", 4, 47 / 4),
+        ("orthogonal", 4, 11),
+    ],
 )
 def test_mean_square_error_matches_its_closed_form(distribution, k, expected):
     errors, _ = errors_and_cosines(build(tangents=k, distribution=distribution), 6, 8, 400)

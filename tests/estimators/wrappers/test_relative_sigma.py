@@ -159,7 +159,7 @@ def test_es_takes_it_too():
 
 
 def test_an_estimator_without_noise_is_refused():
-    with pytest.raises(ValidationError, match=r"relative_sigma changes the noise .* stale_gradient has no noise"):
+    with pytest.raises(ValidationError, match=r"relative_sigma does not suit stale_gradient: it draws no noise"):
         StaleGradient(type="stale_gradient", learning_rate=1.0, wrappers=[RELATIVE])
     with pytest.raises(ValidationError, match="relative_sigma is there twice"):
         config(DENSE, RELATIVE, RELATIVE)

@@ -6,7 +6,9 @@ from pydantic import ValidationError
 
 from hybrid_opt import HybridOptimizer
 from hybrid_opt.config import load_schedule
+from hybrid_opt.config.align import Align
 from hybrid_opt.config.estimators import StaleGradient
+from hybrid_opt.config.forward_gradient import ForwardGradient
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
@@ -52,6 +54,31 @@ def test_mean_square_error_matches_its_closed_form(by):
         w = model.layer.weight.detach().abs().flatten()
         assert d == 12
         assert w[inside].max() < w[~inside].min()
+
+
+ORTHOGONAL = {"type": "dense", "distribution": "orthogonal"}
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        Align(type="align", learning_rate=1.0, pairs=12, perturbation=DENSE, wrappers=[mask()]),
+        Spsa(type="spsa", learning_rate=1.0, pairs=12, perturbation=ORTHOGONAL, wrappers=[mask()]),
+        ForwardGradient(
+            type="forward_gradient", learning_rate=1.0, tangents=12, distribution="orthogonal", wrappers=[mask()]
+        ),
+    ],
+    ids=lambda inner: inner.type,
+)
+def test_as_many_directions_as_the_mask_has_values_give_the_gradient_inside_it(inner):
+    model = LinearLoss(6, 8)
+    model.layer.weight.data = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    engine, estimator = LocalEngine(model), build_estimator(inner)
+    arguments = (FunctionObjective(model.losses), torch.eye(8)[None], ["layer.weight"], StepKey(0, 0, "a"))
+    estimate, _ = estimator.estimate(engine, *arguments)
+    inside = unpacked(estimator.masks["layer.weight"], 0, 48)
+    assert inside.sum() == 12
+    torch.testing.assert_close(read_all(engine, estimate), model.gradient.flatten() * inside, rtol=2e-3, atol=2e-3)
 
 
 def document(wrapper: dict, schedule: dict | None = None, **options) -> dict:
@@ -180,12 +207,13 @@ def test_kept_memory_is_that_of_the_masks(by, times):
 
 def test_what_has_no_dense_noise_or_no_gradient_is_refused():
     with pytest.raises(
-        ValidationError, match=r"low_rank noise under a mask is low rank no more; write perturbation: \{type: dense\}"
+        ValidationError,
+        match=r"low_rank noise of which single values are picked is low rank no more; write perturbation: \{type: dense\}",
     ):
         config(mask(), perturbation={"type": "low_rank"})
-    with pytest.raises(ValidationError, match="lazy_subspace noise under a mask"):
+    with pytest.raises(ValidationError, match="lazy_subspace noise of which"):
         EvolutionStrategy(type="es", learning_rate=1.0, perturbation={"type": "lazy_subspace"}, wrappers=[mask()])
-    with pytest.raises(ValidationError, match=r"sparse_mask changes the noise .* stale_gradient has no noise"):
+    with pytest.raises(ValidationError, match=r"sparse_mask does not suit stale_gradient: it draws no noise"):
         StaleGradient(type="stale_gradient", learning_rate=1.0, wrappers=[mask()])
     with pytest.raises(ValidationError, match="keep"):
         config(mask(keep=0.0))
