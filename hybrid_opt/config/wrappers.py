@@ -122,8 +122,9 @@ class ControlVariate(Wrapping):
     the mean of the latest `terms` earlier g_s(w_a) (SVRG, Johnson & Zhang 2013; MeZO-SVRG, arXiv 2404.08080).
 
     G_a is what steps have found on their way, where the papers evaluate all data at each new anchor. The estimate's mean is that of
-    g_t(w), whatever the shaping. Near w_a its variance is about that of one g(w_a) over the number of terms, but estimates that share a
-    G_a share its error: summed over many steps the noise is that of plain estimates, as with momentum, though without momentum's lag.
+    g_t(w), whatever the shaping. Near w_a its variance is about that of one g(w_a) over the number of terms. But estimates that share a
+    G_a share its error, so summed over many steps the noise is that of plain estimates and more where the loss is steeper at w_a: for the
+    same forward passes more directions of a plain estimator usually go further.
 
     Twice the forward passes (once in the first step of an anchor), and each update draws the noise of `terms` + 1 steps instead of one.
     Keeps a copy of all weights that any estimator moves in main memory, and another on the device while w_a is evaluated.
