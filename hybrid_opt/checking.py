@@ -156,7 +156,7 @@ def cost_table(run: RunFile) -> Table:
         backwards = int(isinstance(estimator, Backprop))
         memory = [f"{_size(count)} {what}" for what, count in kept.items()] + ["activations"] * backwards
         examples = estimator.examples(run.batch_size_of(name))
-        row = (estimator.forwards, backwards, examples or "")
+        row = (estimator.forwards_a_step, backwards, examples or "")
         table.add_row(name, *map(str, row), "\n".join(memory) or "none")
     return table
 
@@ -176,8 +176,10 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             stretches.append((step, step, who))
         acting = {name: run.schedule.estimators[name] for name in weights}
         signals = signals.updated(
-            tokens=sum(e.forwards * e.examples(run.batch_size_of(n)) * _longest(run, n) for n, e in acting.items()),
-            forwards=sum(e.forwards for e in acting.values()),
+            tokens=sum(
+                e.forwards_a_step * e.examples(run.batch_size_of(n)) * _longest(run, n) for n, e in acting.items()
+            ),
+            forwards=sum(e.forwards_a_step for e in acting.values()),
             loss=None,
         )
     width = len(str(steps - 1))

@@ -51,6 +51,11 @@ class Fzoo(Probing):
             raise ValueError(
                 "reuse takes losses of the step before, in which layer_subset perturbed other layers; drop one of them"
             )
+        if any(wrapper.passes > 1 for wrapper in self.wrappers):
+            raise ValueError(
+                "reuse takes losses of the evaluation before, which control_variate made at other weights; write reuse: false, or take "
+                "control_variate off"
+            )
         return self
 
     def unsuited(self, wrapper: Wrapper) -> str:

@@ -44,6 +44,11 @@ class LearningRate(Strict):
             )
         return self
 
+    @property
+    def forwards_a_step(self) -> int:
+        """Forward passes a step, those included that wrappers ask for."""
+        return self.forwards
+
 
 class SgdRule(Strict):
     """`w <- w - learning_rate * g`."""
@@ -90,13 +95,33 @@ class DirectStep(LearningRate):
     @model_validator(mode="after")
     def _replayed_estimates_come_from_keys(self):
         replaying = next((wrapper.type for wrapper in self.wrappers if wrapper.replays), None)
+        instead = (
+            "write update: {type: momentum}, which keeps a buffer"
+            if replaying == "momentum"
+            else f"take {replaying} off"
+        )
         for part in (self, *self.wrappers) if replaying else ():
             if not part.directions_from_keys:
                 raise ValueError(
                     f"wrappers: {replaying} draws the directions of earlier steps again from their keys, but those of "
-                    f"{part.type} depend on more (weights, gradients, or what otherwise: dense or frozen finds); write update: {{type: momentum}}, which "
-                    "keeps a buffer"
+                    f"{part.type} depend on more (weights, gradients, or what otherwise: dense or frozen finds); {instead}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _replaying_wrappers_find_what_they_replay(self):
+        kinds = [wrapper.type for wrapper in self.wrappers]
+        replaying = [wrapper.type for wrapper in self.wrappers if wrapper.replays]
+        if len(replaying) > 1:
+            raise ValueError(
+                f"wrappers: {' and '.join(replaying)} both draw the directions of earlier steps again, and neither can do so with those of "
+                "the other; keep one of them, and for momentum beside it write update: {type: momentum}"
+            )
+        if "control_variate" in kinds and "layer_subset" in kinds[kinds.index("control_variate") :]:
+            raise ValueError(
+                "wrappers: layer_subset stands after control_variate, which would so be told of other layers in each step and compare "
+                "estimates of different ones; write layer_subset before control_variate"
+            )
         return self
 
     @property
@@ -126,8 +151,13 @@ class DirectStep(LearningRate):
 
     @property
     def forwards(self) -> int:
-        """Forward passes a step, over the examples that each sees."""
+        """Forward passes of one evaluation, over the examples that each sees."""
         return 0
+
+    @property
+    def forwards_a_step(self) -> int:
+        """See `LearningRate.forwards_a_step`."""
+        return self.forwards * prod(wrapper.passes for wrapper in self.wrappers)
 
     @property
     def example_groups(self) -> int:

@@ -22,6 +22,8 @@ class Wrapping(Strict):
     """Whether directions still are functions of keys alone with it."""
     shapes_noise: ClassVar[bool] = False
     """Whether it changes the noise with which weights are perturbed."""
+    passes: ClassVar[int] = 1
+    """How often a step evaluates the estimator that it is around."""
 
     @property
     def needs_gradient(self) -> bool:
@@ -115,4 +117,34 @@ class SparseMask(Wrapping):
         return (2 if self.needs_gradient else 1) * sum(-(-prod(shape) // 8) for shape in shapes.values())
 
 
-Wrapper = Annotated[LayerSubset | NormCap | ReplayedMomentum | RelativeSigma | SparseMask, Field(discriminator="type")]
+class ControlVariate(Wrapping):
+    """`g_t(w) - g_t(w_a) + G_a`: off each estimate comes what the same directions and examples say at anchor weights w_a, and on comes G_a,
+    the mean of the latest `terms` earlier g_s(w_a) (SVRG, Johnson & Zhang 2013; MeZO-SVRG, arXiv 2404.08080).
+
+    G_a is what steps have found on their way, where the papers evaluate all data at each new anchor. The estimate's mean is that of
+    g_t(w), whatever the shaping. Near w_a its variance is about that of one g(w_a) over the number of terms. But estimates that share a
+    G_a share its error, so summed over many steps the noise is that of plain estimates and more where the loss is steeper at w_a: for the
+    same forward passes more directions of a plain estimator usually go further.
+
+    Twice the forward passes (once in the first step of an anchor), and each update draws the noise of `terms` + 1 steps instead of one.
+    Keeps a copy of all weights that any estimator moves in main memory, and another on the device while w_a is evaluated.
+    """
+
+    replays: ClassVar[bool] = True
+    passes: ClassVar[int] = 2
+
+    type: Literal["control_variate"]
+    refresh: Annotated[int, Number, Field(ge=2)] = 100
+    """Steps for which an anchor is kept, counted from the run's first; it is the weights of the first of them that needs one."""
+    terms: PositiveInt = 16
+    """Most estimates in G_a, the latest ones."""
+
+    def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes that are kept in float32: the anchor, and the weights' own values while it is evaluated. Parameters that other estimators
+        move alone come on top."""
+        return 2 * 4 * sum(map(prod, shapes.values()))
+
+
+Wrapper = Annotated[
+    LayerSubset | NormCap | ReplayedMomentum | RelativeSigma | SparseMask | ControlVariate, Field(discriminator="type")
+]

@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 
-from hybrid_opt.config.wrappers import LayerSubset, NormCap, RelativeSigma, ReplayedMomentum, SparseMask, Wrapper
+from hybrid_opt.config.wrappers import (
+    ControlVariate,
+    LayerSubset,
+    NormCap,
+    RelativeSigma,
+    ReplayedMomentum,
+    SparseMask,
+    Wrapper,
+)
 from hybrid_opt.estimators.contract import Estimator
+from hybrid_opt.estimators.wrappers.control_variate import ControlVariateEstimator
 from hybrid_opt.estimators.wrappers.layer_subset import LayerSubsetEstimator
 from hybrid_opt.estimators.wrappers.momentum import MomentumEstimator
 from hybrid_opt.estimators.wrappers.norm_cap import NormCapEstimator
@@ -25,4 +34,6 @@ def wrapped(estimator: Estimator, wrappers: Sequence[Wrapper]) -> Estimator:
                 estimator = RelativeSigmaEstimator(estimator, wrapper)
             case SparseMask():
                 estimator = SparseMaskEstimator(estimator, wrapper)
+            case ControlVariate():
+                estimator = ControlVariateEstimator(estimator, wrapper)
     return estimator
