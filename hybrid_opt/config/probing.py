@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
 from hybrid_opt.config.strict import PositiveFloat, PositiveInt
-from hybrid_opt.config.wrappers import SparseMask, Wrapper
+from hybrid_opt.config.wrappers import RelativeSigma, SparseMask, Wrapper
 
 
 class Probing(DirectStep):
@@ -127,6 +127,15 @@ class Spsa(Probing):
     more, at the weights as they are. A curvature is a sum over all weights, and in float32 it is known to about
     `5e-7 loss / sigma^2`: choose sigma so that this is less than the floor. The estimate then has no gradient units, but those of weights:
     learning_rate 1 with one pair is a Newton step along its direction."""
+
+    def unsuited(self, wrapper: Wrapper) -> str:
+        """See `DirectStep.unsuited`."""
+        if self.curvature_floor and isinstance(wrapper, RelativeSigma):
+            return (
+                "a step that is divided by the curvature goes along the direction that is evaluated, and relative_sigma adds up another; drop "
+                "curvature_floor, or take it off"
+            )
+        return super().unsuited(wrapper)
 
     @property
     def forwards(self) -> int:

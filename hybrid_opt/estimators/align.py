@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hybrid_opt.config.align import Align
-from hybrid_opt.engines.contract import Engine, whole_shape
+from hybrid_opt.engines.contract import Engine
 from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.pairs import odd_and_even, pair_statistics
@@ -53,7 +53,7 @@ class AlignEstimator:
         slopes = odd_and_even(probed.means)[0] / self.config.sigma
         # After the evaluation, which decides what noise each parameter gets.
         gram = inner_products(engine, names, [NoiseSum(perturbation, [k], torch.ones(1)) for k in keys])
-        values = sum(whole_shape(engine.parameters[name]).numel() for name in names)
+        values = perturbation.dimension(engine, names)
         coefficients = torch.cholesky_solve(slopes[:, None], cholesky(gram, values))[:, 0]
         statistics = {**probed.cost.statistics, **pair_statistics(probed.means, self.config.sigma)}
         return NoiseSum(perturbation, keys, coefficients), replace(probed.cost, statistics=statistics)

@@ -40,6 +40,10 @@ class Perturbation(Protocol):
         """The perturbation for one step, once it is known which parameters it perturbs along which directions; all ranks together."""
         ...
 
+    def dimension(self, engine: Engine, names: Collection[str]) -> int:
+        """How many values of these parameters, on all ranks together, directions move."""
+        ...
+
     def evaluate(
         self,
         engine: Engine,

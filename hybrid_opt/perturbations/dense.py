@@ -61,6 +61,10 @@ class DensePerturbation:
         result.directions = self.directions.ready(engine, names, keys, key)
         return result
 
+    def dimension(self, engine: Engine, names: Collection[str]) -> int:
+        """See `Perturbation.dimension`."""
+        return self.directions.dimension(engine, names)
+
     def evaluate(
         self,
         engine: Engine,

@@ -88,6 +88,11 @@ class LowRankPerturbation:
         result.dense.scales = self.scales
         return result
 
+    def dimension(self, engine: Engine, names: Collection[str]) -> int:
+        """See `Perturbation.dimension`: all, as far as an evaluation has not found some that it must leave frozen."""
+        moved = [name for name in names if self._form_of.get(name) != "frozen"]
+        return sum(whole_shape(engine.parameters[name]).numel() for name in moved)
+
     def evaluate(
         self,
         engine: Engine,

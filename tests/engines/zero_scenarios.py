@@ -262,6 +262,29 @@ def es_dense(folder):
     return at_all_stages(schedule_file(ONLY_ES, es=DENSE))
 
 
+@scenario(1, 2)
+def es_in_a_lazy_subspace(folder):
+    lazy = {"type": "lazy_subspace", "noise_rank": 2, "refresh": 2}
+    return at_all_stages(schedule_file(ONLY_ES, es={**ES, "perturbation": lazy}))
+
+
+@scenario(1, 2)
+def es_under_a_mask(folder):
+    mask = {"type": "sparse_mask", "keep": 0.2, "refresh": 2}
+    return at_all_stages(schedule_file(ONLY_ES, es={**DENSE, "learning_rate": 0.2, "wrappers": [mask]}))
+
+
+@scenario(1, 2)
+def es_with_relative_sigma(folder):
+    return at_all_stages(schedule_file(ONLY_ES, es={**ES, "sigma": 0.2, "wrappers": [{"type": "relative_sigma"}]}))
+
+
+@scenario(1, 2)
+def es_under_the_mask_of_a_gradient(folder):
+    mask = {"type": "sparse_mask", "keep": 0.2, "by": "sensitivity", "refresh": 1}
+    return at_all_stages(schedule_file(TURNS, es={**DENSE, "wrappers": [mask]}, backprop=SGD), steps=4)
+
+
 def reward_batch(step: int) -> dict:
     prompts = [[5, 9, 14, 20, 33], [7, 7], [11, 40, 2, 8, 50, 3, 17], [60 - step]]
     return {**left_padded(prompts, 0), "prompts": ["?"] * 4, "columns": {}}

@@ -9,6 +9,7 @@ from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.align import AlignEstimator
+from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.estimators.spsa import SpsaEstimator
 from hybrid_opt.noise.keys import StepKey
@@ -71,6 +72,17 @@ def test_it_is_the_least_squares_solution(perturbation):
 def test_more_directions_than_values_are_refused():
     with pytest.raises(UserError, match="13 directions of a step are not linearly independent in the 12 values"):
         errors_and_cosines(align(pairs=13), 3, 4, 1)
+    masked = build_estimator(
+        Align(
+            type="align",
+            learning_rate=1.0,
+            pairs=12,
+            perturbation=DENSE,
+            wrappers=[{"type": "sparse_mask", "keep": 0.5, "by": "random"}],
+        )
+    )
+    with pytest.raises(UserError, match=r"12 directions of a step are not linearly independent in the \d values"):
+        errors_and_cosines(masked, 3, 4, 1)
 
 
 @pytest.mark.parametrize("perturbation", [DENSE, LOW_RANK], ids=["dense", "low_rank"])

@@ -93,3 +93,8 @@ def test_it_costs_one_forward_pass_more_and_says_nothing_when_off():
 def test_a_floor_of_zero_is_refused():
     with pytest.raises(ValidationError, match="curvature_floor"):
         build(curvature_floor=0.0)
+
+
+def test_steps_that_follow_the_evaluated_direction_refuse_relative_sigma():
+    with pytest.raises(ValidationError, match=r"relative_sigma does not suit spsa: .*drop curvature_floor"):
+        Spsa(type="spsa", learning_rate=1.0, curvature_floor=1.0, wrappers=[{"type": "relative_sigma"}])

@@ -3,18 +3,19 @@
 One idea: a row passes if theory lies within the measurement's interval, and the interval is narrow enough that a wrong estimator would
 lie outside.
 
-Intervals leave out a right program's row with probability 6.8e-6 (Student's t; 4.5 standard errors where there are many repeats), so by
-Bonferroni's inequality all of up to 100 rows pass together with probability 99.9 %.
+Intervals are Student's, 4.5 standard errors to each side where there are many repeats. By Bonferroni's inequality all of up to 100 rows
+of a right program pass together with probability 99.9 %.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from scipy import stats
 from torch import Tensor
 
-STANDARD_ERRORS = 4.5
-"""To each side, for many repeats."""
+LEFT_OUT = 6.8e-6
+"""Probability with which a right program's row lies outside its interval."""
 RESOLUTION = 0.25
 """Half an interval is at most this share of what theory says. An estimate that is 1.3 times too long has 1.69 times the square."""
 
@@ -75,7 +76,7 @@ def function_of_means(
     measured = function(total / count).item()
     without_one = function((total - samples) / (count - 1))
     error = ((without_one - without_one.mean()).square().sum() * (count - 1) / count).sqrt().item()
-    half = _quantile(count - 1) * error
+    half = float(stats.t.isf(LEFT_OUT / 2, count - 1)) * error
     passed = None if theory is None else abs(measured - theory) <= half <= resolution * abs(theory)
     return Quantity(name, theory, measured, measured - half, measured + half, passed)
 
@@ -89,11 +90,3 @@ def error_of(samples: Tensor) -> Tensor:
     """`|a - g|^2 / |g|^2`, (repeats,), of `<a, g> / |g|^2` and `|a|^2 / |g|^2`, (repeats, 2)."""
     along, squared = samples.double().unbind(-1)
     return squared - 2 * along + 1
-
-
-def _quantile(freedom: int) -> float:
-    """That of Student's t which leaves out as much as 4.5 standard deviations of a normal variable do (Cornish and Fisher's expansion)."""
-    z = STANDARD_ERRORS
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3

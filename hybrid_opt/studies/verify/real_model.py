@@ -65,7 +65,8 @@ class RealModel:
         return cls(run, trainer.optimizer, (trainer.batches.batch_at(0), trainer.batches.batch_at(1)))
 
     def measured(self, directions: int, show: Callable[[str], None]) -> Iterator[Quantity]:
-        """For each estimator that acts in the run, and minimises what the run does: its cosine with the gradient, the effective dimension that this implies, and the cosine on each group.
+        """For each estimator that acts in the run and minimises what the run does: its cosine with the gradient, the effective dimension that
+        this implies, and the cosine on each group.
 
         Estimators that follow backprop are shown the gradient of another batch first.
 
