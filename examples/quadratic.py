@@ -9,7 +9,7 @@ Engine holds the weights. What the loop at the end does is what `HybridOptimizer
 import torch
 from torch import nn
 
-from hybrid_opt import BackpropEstimator, Contribution, EsEstimator, FunctionObjective, Key, LocalEngine, Signals
+from hybrid_opt import BackpropEstimator, Contribution, EsEstimator, FunctionObjective, LocalEngine, Signals, StepKey
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.probing import EvolutionStrategy
 from hybrid_opt.config.schedule import Alternate, Rule
@@ -48,7 +48,7 @@ for step in range(100):
     contributions = []
     for name, weight in schedule.plan(step, signals).items():
         names = policy.names(name)
-        estimate, cost = estimators[name].estimate(engine, objective, (x, y), names, Key((0, step)))
+        estimate, cost = estimators[name].estimate(engine, objective, (x, y), names, StepKey(0, step, name))
         contributions.append(Contribution(estimate, weight, names, *rules_of[name]))
     engine.apply(contributions, step)
     if step % 10 == 9:

@@ -1,7 +1,7 @@
 """hybrid_opt: fine-tune language models by mixing evolution strategies with occasional backprop steps.
 
 The public names, imported when first used, so that the command line starts at once. Reading route: `cli/`, `config/`,
-`training/build.py`, `training/hybrid_optimizer.py`, `estimators/`, `engines/`.
+`training/build.py`, `training/hybrid_optimizer.py`, `estimators/`, `perturbations/`, `noise/`, `engines/`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum
     from hybrid_opt.estimators.es import EsEstimator
     from hybrid_opt.models.loading import load_model, load_tokenizer
-    from hybrid_opt.noise.keys import Key
+    from hybrid_opt.noise.keys import Key, StepKey
     from hybrid_opt.objectives.contract import FunctionObjective, Objective
     from hybrid_opt.objectives.judging import Judge
     from hybrid_opt.objectives.reward import RewardData, RewardObjective
@@ -40,7 +40,7 @@ _HOMES = {
     "estimators.backprop": ("BackpropEstimator",),
     "estimators.contract": ("Cost", "Estimate", "Estimator", "WeightedSum"),
     "estimators.es": ("EsEstimator",),
-    "noise.keys": ("Key",),
+    "noise.keys": ("Key", "StepKey"),
     "models.loading": ("load_model", "load_tokenizer"),
     "objectives.contract": ("FunctionObjective", "Objective"),
     "objectives.judging": ("Judge",),
@@ -79,6 +79,7 @@ __all__ = [
     "ScheduleFile",
     "Shard",
     "Signals",
+    "StepKey",
     "StepReport",
     "Summary",
     "Trainer",
