@@ -248,7 +248,11 @@ CASES = [
     case("arguments at odds", SCH, backprop(optimizer_arguments={"fused": True, "foreach": True}), "`foreach`"),
     case("two backprops", SCH, schedule({"estimators.bp": BACKPROP}), "backprop and bp", "keep one"),
     case(
-        "stale only", SCH, stale({"schedule.pattern": {"es": 1, "stale": 1}}), "'stale' is", "{backprop: 1, stale: 9}"
+        "stale only",
+        SCH,
+        stale({"schedule.pattern": {"es": 1, "stale": 1}}),
+        "'stale': stale_gradient uses gradients",
+        "{backprop: 1, stale: 9}",
     ),
     case("stale alone in tokens", SCH, stale({"schedule": STALE_PHASES}), "phase 1 ", "stale", "give it steps"),
     case("stale to spend", RUN, endless(tokens=99), "training.budget counts", "stale", "write training.steps too"),
@@ -290,7 +294,7 @@ CASES = [
     case("no such split", RUN, run({"data.validation": "test"}), "data.validation: ", "'train'", "'test'"),
     case("validation beyond 1", RUN, run({"data.validation": 1.5}), "data.validation: ", "less than 1", "1.5"),
     case("unknown task", RUN, task({"task": "arithmetc"}), "data.train: task is 'arithmetc'", "'arithmetic'?"),
-    case("task without name", RUN, task({"task": ABSENT}), "data.train: expected keys with a task"),
+    case("task without name", RUN, task({"task": ABSENT}), "data.train: task is missing"),
     case("task option unknown", RUN, task({"largst": 9}), "data.train.largst: unknown key", "'largest'?"),
     case("task option of a wrong kind", RUN, task({"terms": "two"}), "data.train.terms: ", "integer", "'two'"),
     case("numbers swapped", RUN, task({"smallest": 10}), "data.train: smallest 10 is above largest 9", "swap"),

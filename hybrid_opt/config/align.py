@@ -24,8 +24,8 @@ class Align(Probing):
         """See `DirectStep.unsuited`."""
         if isinstance(wrapper, RelativeSigma):
             return (
-                "it projects onto the directions that it evaluates, and relative_sigma adds up others than it evaluates along; take it "
-                "off, or use spsa"
+                "it projects onto the directions that it evaluates, and relative_sigma adds up others than it evaluates along; take "
+                "relative_sigma off, or use spsa"
             )
         return super().unsuited(wrapper)
 

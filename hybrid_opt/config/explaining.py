@@ -6,7 +6,7 @@ One idea: a message begins with the file and the key that say the wrong thing, h
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -16,6 +16,7 @@ from hybrid_opt.config import study as study_models
 from hybrid_opt.config import tasks as task_models
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.strict import Strict
 from hybrid_opt.errors import UserError, did_you_mean
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -94,6 +95,9 @@ def _explain(item: dict[str, Any]) -> str:
         case "extra_forbidden":
             if homes := [f"{s}.{key}" for s, f in RunFile.model_fields.items() if key in _keys_of(f.annotation)]:
                 return f"unknown key here; it belongs in {homes[0]}"
+            if fields := _fields_of_kind(item["loc"]):
+                near = did_you_mean(key, fields) or "; it has " + ", ".join(fields)
+                return f"unknown key of {item['loc'][-2]}{near}"
             return f"unknown key{did_you_mean(key, [name for name in _field_names() if name != key])}"
         case "missing":
             return "missing; this key is required"
@@ -101,13 +105,15 @@ def _explain(item: dict[str, Any]) -> str:
             tag, expected = item["ctx"]["tag"], item["ctx"]["expected_tags"]
             return f"{_discriminator(item)} is {tag!r}; write one of {expected}{did_you_mean(tag, re.findall(r'[a-z_]+', expected))}"
         case "union_tag_not_found":
-            return f"expected keys with a {_discriminator(item)} among {_tags(item)}, got {_shown(given)}"
+            kind = _discriminator(item)
+            return f"{kind} is missing; say of which kind it is, or write the name of one that is there, got {_shown(given)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             # Within a union of other kinds too, pydantic puts the union's name last, and which key tells the kind is not said.
             in_union = item["type"] != "model_attributes_type" or key.startswith("tagged-union")
-            return f"expected keys and values{'' if in_union else ', one of them type'}, got {_shown(given)}"
+            hint = f"; write {{type: {given}}}" if not in_union and isinstance(given, str) else ""
+            return f"expected keys and values{'' if in_union else ', one of them type'}, got {_shown(given)}{hint}"
         case "tuple_type":
-            return f"expected a list, got {_shown(given)}"
+            return f"expected a list, got {_shown(given)}; put it into [ ]"
         case "value_error":
             return item["msg"].removeprefix("Value error, ")
         case _:
@@ -124,12 +130,24 @@ def _discriminator(item: dict[str, Any]) -> str:
     return item["ctx"]["discriminator"].strip("'")
 
 
-def _tags(item: dict[str, Any]) -> str:
-    return item["ctx"].get("expected_tags", "those that `hybrid-opt schema` lists")
-
-
 def _keys_of(kind: Any) -> dict[str, Any]:
     return kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+
+
+def _fields_of_kind(loc: tuple[Any, ...]) -> list[str]:
+    """Keys of the models whose `type` stands before the last key of pydantic's location."""
+    kinds = [
+        m
+        for m in _subclasses(Strict)
+        if "type" in m.model_fields and loc[-2:-1] == get_args(m.model_fields["type"].annotation)[:1]
+    ]
+    return list(dict.fromkeys(field for model in kinds for field in model.model_fields))
+
+
+def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for child in model.__subclasses__():
+        yield child
+        yield from _subclasses(child)
 
 
 def _field_names() -> list[str]:

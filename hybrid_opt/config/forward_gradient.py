@@ -27,7 +27,7 @@ class ForwardGradient(DirectStep):
 
     def unsuited(self, wrapper: Wrapper) -> str:
         """See `DirectStep.unsuited`."""
-        return "it has no sigma; take it off, or use spsa" if isinstance(wrapper, RelativeSigma) else ""
+        return "it has no sigma; take relative_sigma off, or use spsa" if isinstance(wrapper, RelativeSigma) else ""
 
     @property
     def forwards(self) -> int:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from hybrid_opt.config.perturbations import DensePerturbation, Perturbation
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.strict import Number
-from hybrid_opt.config.wrappers import Wrapper
+from hybrid_opt.config.wrappers import RelativeSigma, Wrapper
 
 
 class Fzoo(Probing):
@@ -34,8 +34,8 @@ class Fzoo(Probing):
         n = self.population_size
         if n % 2 or n < 4:
             raise ValueError(
-                f"reuse draws half of the population anew, which population_size {n} has not or which is one direction alone; "
-                f"write {max(4, n + n % 2)}, or reuse: false"
+                f"reuse draws half of the population anew, so population_size must be even and 4 or more, not {n}; write "
+                f"{max(4, n + n % 2)}, or reuse: false"
             )
         if getattr(self.perturbation, "distribution", None) == "orthogonal":
             raise ValueError(
@@ -62,6 +62,8 @@ class Fzoo(Probing):
         """See `DirectStep.unsuited`."""
         if self.reuse:
             return f"reuse takes directions of the step before, which had other noise; write reuse: false, or take {wrapper.type} off"
+        if isinstance(wrapper, RelativeSigma):
+            return "its steps have one length, which parameters with a small sigma would make up; take relative_sigma off, or use spsa"
         return super().unsuited(wrapper)
 
     @property

@@ -35,7 +35,7 @@ class DensePerturbation(Strict):
 
 
 class LowRankPerturbation(Strict):
-    """Matrices get `B A^T / sqrt(noise_rank)`; many members share one forward pass and weights are never written."""
+    """Matrices get `B^T A / sqrt(noise_rank)`; many members share one forward pass and weights are never written."""
 
     type: Literal["low_rank"]
     noise_rank: PositiveInt = 1

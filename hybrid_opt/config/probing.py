@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
-from hybrid_opt.config.strict import PositiveFloat, PositiveInt
+from hybrid_opt.config.strict import Number, PositiveFloat, PositiveInt
 from hybrid_opt.config.wrappers import RelativeSigma, SparseMask, Wrapper
 
 
@@ -62,7 +62,7 @@ class EvolutionStrategy(Probing):
     """Gradient estimate from forward passes at a population of perturbed weights."""
 
     type: Literal["es"]
-    population_size: Annotated[int, Field(ge=2)] = 16
+    population_size: Annotated[int, Number, Field(ge=2)] = 16
     """Number of members N evaluated in a step."""
     antithetic: bool = True
     """Evaluate each noise direction with both signs."""
@@ -133,7 +133,7 @@ class Spsa(Probing):
         if self.curvature_floor and isinstance(wrapper, RelativeSigma):
             return (
                 "a step that is divided by the curvature goes along the direction that is evaluated, and relative_sigma adds up another; drop "
-                "curvature_floor, or take it off"
+                "curvature_floor, or take relative_sigma off"
             )
         return super().unsuited(wrapper)
 

@@ -200,9 +200,11 @@ class ScheduleFile(Strict):
         acting = acting_names(self.schedule)
         needing = [name for name in acting if getattr(self.estimators[name], "needs_gradient", False)]
         if needing and not any(isinstance(self.estimators[name], Backprop) for name in acting):
+            own = self.estimators[needing[0]]
+            using = next((w.type for w in own.wrappers if w.needs_gradient), own.type)
             raise ValueError(
-                f"{needing[0]!r} is {self.estimators[needing[0]].type}, which uses gradients of a backprop estimator again, but none "
-                f"acts; let one act too, such as pattern: {{backprop: 1, {needing[0]}: 9}}"
+                f"{needing[0]!r}: {using} uses gradients of a backprop estimator again, but none acts; define one under estimators and let it "
+                f"act too, such as pattern: {{backprop: 1, {needing[0]}: 9}}"
             )
         return self
 

@@ -52,7 +52,7 @@ class IdleState:
             self._move(torch.device("cpu"), self.device)
             if self.buffers:
                 self.buffers[1]()
-            self.is_away = False
+            self.steps, self.is_away = 0, False
 
     def _move(self, source: torch.device, target: torch.device) -> None:
         """DeepSpeed has a way of its own, which moves counts of steps too, where torch's optimizers do not want them."""

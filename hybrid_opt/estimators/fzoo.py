@@ -1,4 +1,4 @@
-"""Slopes in units of their own spread (FZOO). Next: `backprop.py`.
+"""Slopes in units of their own spread (FZOO). Next: `guided/storage.py`, then `forward_gradient.py`, `backprop.py`.
 
 One idea: the standard deviation of the losses around a point says how steep it is there, so dividing by it makes steps of one length at no
 further cost, as normalised gradient descent does.

@@ -3,6 +3,7 @@
 One idea: whatever wraps it, an estimate without a gradient is a sum of noise with coefficients, and that is a few numbers.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,17 @@ class Replay:
         key = StepKey(*state["origin"])
         in_order = [name for name in engine.parameters if name in names]
         return cls(NoiseSum(perturbation.ready(engine, in_order, keys, key), keys, state["coefficients"]), names, key)
+
+
+def replays_state(steps: Iterable[Sequence[Replay]]) -> dict[str, Any]:
+    """The sums of several steps as checkpoints take them: by number of the step, then of the sum."""
+    return {str(i): {str(j): replay.state_dict() for j, replay in enumerate(step)} for i, step in enumerate(steps)}
+
+
+def restored_replays(state: Mapping[str, Any], perturbation: Perturbation, engine: Engine) -> list[list[Replay]]:
+    """What `replays_state` was given; all ranks together."""
+    steps = [[step[str(j)] for j in range(len(step))] for step in (state[str(i)] for i in range(len(state)))]
+    return [[Replay.from_state(kept, perturbation, engine) for kept in step] for step in steps]
 
 
 def replays_of(estimate: Estimate, names: frozenset[str], key: StepKey, factor: float = 1.0) -> list[Replay]:

@@ -1,4 +1,4 @@
-"""Slopes along random directions (SPSA, MeZO). Next: `backprop.py`.
+"""Slopes along random directions (SPSA, MeZO). Next: `align.py`.
 
 One idea: two losses at opposite points of a direction tell the slope along it, and the gradient is estimated as the mean of directions
 times slopes.

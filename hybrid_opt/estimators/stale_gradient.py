@@ -21,18 +21,20 @@ from hybrid_opt.objectives.contract import Objective
 class KeptGradient:
     """A gradient that was copied from this rank's shards."""
 
-    by_name: Mapping[str, Tensor]
-    """Float32 (numel of the shard,) each."""
+    by_name: Mapping[str, tuple[int, Tensor]]
+    """Index of its first value in the flattened parameter, and float32 (numel of the shard,)."""
 
     def read(self, shard: Shard) -> Tensor:
         """See `Estimate.read`; zeros where no gradient was kept."""
-        kept = self.by_name.get(shard.name)
-        return torch.zeros_like(shard.data, dtype=torch.float32) if kept is None else kept
+        if shard.name not in self.by_name:
+            return torch.zeros_like(shard.data, dtype=torch.float32)
+        start, kept = self.by_name[shard.name]
+        return kept[shard.start - start :][: len(shard.data)]
 
     def add_to(self, out: Tensor, shard: Shard, factor: float) -> None:
         """See `Estimate.add_to`."""
         if shard.name in self.by_name:
-            out.add_(self.by_name[shard.name], alpha=factor)
+            out.add_(self.read(shard), alpha=factor)
 
 
 class StaleGradientEstimator:
@@ -43,7 +45,7 @@ class StaleGradientEstimator:
     """
 
     def __init__(self):
-        self.latest: dict[str, Tensor] = {}
+        self.latest: dict[str, tuple[int, Tensor]] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Estimator.check`: there is nothing that it could not do."""
@@ -60,12 +62,12 @@ class StaleGradientEstimator:
         """See `FollowsBackprop.follow`. The former copy of a shard is freed as the next is made, if no estimate holds it."""
         for shard in engine.shards(names):
             self.latest.pop(shard.name, None)
-            self.latest[shard.name] = gradient.read(shard).clone()  # it may be the gradient's own memory
+            self.latest[shard.name] = shard.start, gradient.read(shard).clone()  # it may be the gradient's own memory
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's part of the gradient by parameter."""
-        return dict(self.latest)
+        return {name: kept for name, (_, kept) in self.latest.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], engine: Engine) -> None:
         """See `Remembers.load_state_dict`."""
-        self.latest = {s.name: state[s.name].to(s.data.device) for s in engine.shards(state)}
+        self.latest = {s.name: (s.start, state[s.name].to(s.data.device)) for s in engine.shards(state)}

@@ -27,7 +27,7 @@ def cholesky(gram: Tensor, values: int) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(gram)
     if q > values or failed or (factor.diagonal().square() < LEAST_SHARE * gram.diagonal()).any():
         raise UserError(
-            f"the {q} directions of a step are not linearly independent in the {values} values that they move; lower pairs (es: "
-            "population_size), or give the estimator more parameters by the policy or its wrappers"
+            f"the {q} directions of a step are not linearly independent in the {values} values that they move; lower pairs (es and "
+            "fzoo: population_size; forward_gradient: tangents), or give the estimator more parameters by the policy or its wrappers"
         )
     return factor

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine, Shard
 from hybrid_opt.engines.inner_products import inner_products
+from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import zeros_and
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.perturbations.directions import Directions, Independent
@@ -21,6 +22,10 @@ from hybrid_opt.perturbations.gram import cholesky
 
 def sphere(gram: Tensor, values: int) -> Tensor:
     """`T = diag(sqrt(n / K_jj))`: each direction gets the length sqrt(n), so its own part stays uniform and `E z z^T = I`."""
+    if not gram.diagonal().all():
+        raise UserError(
+            "the directions of a step are 0 in all that they move; give the estimator more parameters, or a larger mask"
+        )
     return torch.diag((values / gram.diagonal()).sqrt())
 
 

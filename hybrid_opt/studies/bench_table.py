@@ -1,4 +1,4 @@
-"""How `hybrid-opt bench` shows what it measured, and what it is busy with. Next: `../cli.py`.
+"""How `hybrid-opt bench` shows what it measured, and what it is busy with. Next: `../cli/measuring.py`.
 
 One idea: the table is made from the same dictionaries that go into the JSON file.
 """

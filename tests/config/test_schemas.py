@@ -210,7 +210,7 @@ def test_errors_name_the_file_that_is_wrong(tmp_path, write_run):
         load_run(path)
     assert set(str(error.value).splitlines()) == {
         f"{path}: training.batch_sizes: unknown key (did you mean 'batch_size'?)",
-        f"{tmp_path / 's.yaml'}: estimators.es.sigm: unknown key (did you mean 'sigma'?)",
+        f"{tmp_path / 's.yaml'}: estimators.es.sigm: unknown key of es (did you mean 'sigma'?)",
     }
 
 
@@ -408,7 +408,7 @@ REFUSED_SCHEDULES = {
     ),
     "key of another form": (
         {"es": {"perturbation": {"type": "dense", "noise_rank": 2}}},
-        "estimators.es.perturbation.noise_rank: unknown key",
+        "estimators.es.perturbation.noise_rank: unknown key of dense; it has type, distribution, backup",
     ),
     "infinite": ({"es": {"sigma": math.inf}}, "estimators.es.sigma: input should be a finite number, got inf"),
     "zero learning rate": (

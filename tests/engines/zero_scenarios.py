@@ -1056,7 +1056,7 @@ class Recorder:
 
 
 def left_behind(file: dict, engine) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, float]:
-    """After three steps, two without backprop: the last gradient, the first moments, and a direction's norms by parameter."""
+    """After three steps, the second by backprop: the last gradient, the first moments, and a direction's norms by parameter."""
     run, recorder = Run(file, engine), Recorder()
     optimizer = run.optimizer
     optimizer.followers.following.append((recorder, set(optimizer.policies[None].names("backprop"))))
@@ -1087,8 +1087,8 @@ def stale_links(engine) -> bool:
 @scenario(2)
 def gradients_and_moments_are_whole(folder):
     file = schedule_file(
-        {"type": "alternate", "pattern": {"backprop": 1, "es": 2}}, es=DENSE, policy=[ATTENTION, REST_ES]
-    )
+        TURNS, es=DENSE, policy=[ATTENTION, REST_ES]
+    )  # ES first, so that state goes away before there is any
     with alone():
         gradient, moments, norms, _ = left_behind(file, LocalEngine(type="local", device="cpu"))
     result = {"gradients": len(gradient), "moments": len(moments)}

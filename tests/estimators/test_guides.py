@@ -50,9 +50,7 @@ def test_what_cannot_be_is_refused(options, message):
 
 def test_guides_need_backprop():
     alone = {"type": "single", "estimator": "guided"}
-    with pytest.raises(
-        UserError, match="'guided' is guided, which uses gradients of a backprop estimator again, but none acts"
-    ):
+    with pytest.raises(UserError, match="'guided': guided uses gradients of a backprop estimator again, but none acts"):
         load_schedule(document() | {"schedule": alone})
     load_schedule(document(guides={"type": "estimates"}) | {"schedule": alone})
     file = document(guides={"type": "first_moment"})

@@ -1,6 +1,7 @@
 """The latest gradient once more, against the same steps written out with torch."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -167,9 +168,9 @@ def test_a_gradient_that_is_not_finite_is_not_followed():
     ones = {name: torch.ones_like(p) for name, p in engine.parameters.items()}
     followers.show(Gradients(ones), list(ones))
     followers.show(Gradients({**ones, "lm_head.weight": ones["lm_head.weight"] / 0}), list(ones))
-    assert all(bool((kept == 1).all()) for kept in stale.latest.values())
+    assert all(bool((kept == 1).all()) for _, kept in stale.latest.values())
     followers.show(Gradients({name: 2 * one for name, one in ones.items()}), list(ones))
-    assert all(bool((kept == 2).all()) for kept in stale.latest.values())
+    assert all(bool((kept == 2).all()) for _, kept in stale.latest.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,3 +216,19 @@ def test_plan_counts_no_tokens_for_it(write_run):
     assert [line[-3] for line in planned[:-1]] == ["backprop", "stale", "backprop", "backprop"]
     assert planned[1][:4] == ["steps", "1", "to", "2"]
     assert planned[3][:4] == ["steps", "4", "to", "5"]
+
+
+def test_a_part_of_a_kept_gradient_is_that_of_the_whole():
+    model = tiny_model()
+    engine = LocalEngine(model)
+    estimator = StaleGradientEstimator()
+    name = "lm_head.weight"
+    gradient = torch.arange(engine.parameters[name].numel()).float()
+    estimator.follow(engine, Gradients({name: gradient.view(engine.parameters[name].shape)}), [name])
+    (shard,) = engine.shards([name])
+    part = replace(shard, data=shard.data[100:130], start=100)
+    kept = estimator.estimate(engine, None, None, [name], None)[0]
+    assert torch.equal(kept.read(part), gradient[100:130])
+    out = torch.ones(30)
+    kept.add_to(out, part, 2.0)
+    assert torch.equal(out, 1 + 2 * gradient[100:130])

@@ -18,7 +18,7 @@ from hybrid_opt.engines.contract import Engine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum, innermost
 from hybrid_opt.estimators.probing import added
-from hybrid_opt.estimators.replay import Replay, replays_of
+from hybrid_opt.estimators.replay import Replay, replays_of, replays_state, restored_replays
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
@@ -91,7 +91,7 @@ class ControlVariateEstimator:
             "stretch": stretch,
             "names": sorted(moved),
             "anchor": dict(self.anchor),
-            "earlier": [[replay.state_dict() for replay in step] for step in self.earlier],
+            "earlier": replays_state(self.earlier),
         }
 
     def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
@@ -99,15 +99,12 @@ class ControlVariateEstimator:
         self.place = None if state["stretch"] is None else (state["stretch"], frozenset(state["names"]))
         self.anchor = dict(state["anchor"])
         self.earlier.clear()
-        perturbation = innermost(self.inner).perturbation
-        self.earlier.extend(
-            [Replay.from_state(kept, perturbation, engine) for kept in step] for step in state["earlier"]
-        )
+        self.earlier.extend(restored_replays(state["earlier"], innermost(self.inner).perturbation, engine))
 
     def _set_anchor(self, engine: Engine, moved: frozenset[str], key: StepKey) -> bool:
         """Let the weights be the anchor if it is time for a new one, and say whether it is."""
         place = (key.origin[1] // self.config.refresh, moved)
-        if place == self.place:
+        if place == self.place and self.earlier:  # a step that failed has left none
             return False
         self.anchor = {}  # before there is another
         movable = [shard.name for shard in engine.shards(engine.parameters)]

@@ -10,7 +10,7 @@ from typing import Any
 from hybrid_opt.config.wrappers import ReplayedMomentum
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost, Estimate, Estimator, WeightedSum, chain
-from hybrid_opt.estimators.replay import Replay, replays_of
+from hybrid_opt.estimators.replay import Replay, replays_of, replays_state, restored_replays
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 
@@ -43,12 +43,10 @@ class MomentumEstimator:
 
     def state_dict(self) -> dict[str, Any]:
         """The keys, coefficients and parameters of the estimates in the window, the latest first; the same on all ranks."""
-        return {"latest": [[replay.state_dict() for replay in step] for step in self.latest]}
+        return {"latest": replays_state(self.latest)}
 
     def load_state_dict(self, state: dict[str, Any], engine: Engine) -> None:
         """See `Remembers.load_state_dict`."""
         *_, innermost = chain(self.inner)
         self.latest.clear()
-        self.latest.extend(
-            [Replay.from_state(kept, innermost.perturbation, engine) for kept in step] for step in state["latest"]
-        )
+        self.latest.extend(restored_replays(state["latest"], innermost.perturbation, engine))

@@ -1,4 +1,4 @@
-"""Estimates of limited length. Next: `../../engines/inner_products.py`.
+"""Estimates of limited length. Next: `relative_sigma.py`.
 
 One idea: the length of an estimate is known only when all of it has been read once, so it is read once more to be applied.
 """

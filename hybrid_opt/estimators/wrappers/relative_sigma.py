@@ -5,6 +5,7 @@ perturbation takes the same factor out of the estimate that it has put into the 
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ class RelativeSigmaEstimator:
         sizes = root_mean_squares(engine, due)
         self.scales |= {name: (stretch, max(size, self.config.floor)) for name, size in sizes.items()}
         innermost(self.inner).perturbation.scales = {name: self.scales[name][1] for name in names}
-        return self.inner.estimate(engine, objective, batch, names, key)
+        estimate, cost = self.inner.estimate(engine, objective, batch, names, key)
+        told = {what: value for what, value in cost.statistics.items() if what != "gradient_norm"}  # of s g it would be
+        return estimate, replace(cost, statistics=told)
 
     def state_dict(self) -> dict[str, tuple[int, float]]:
         """The stretch and s by parameter; the same on all ranks."""

@@ -1,4 +1,4 @@
-"""Perturbations and steps of a share of the values alone. Next: `../../perturbations/masks.py`, `../../perturbations/masked_directions.py`.
+"""Perturbations and steps of a share of the values alone. Next: `../../perturbations/masks.py`, `../../perturbations/masked_directions.py`, then `control_variate.py`.
 
 One idea: a mask is decided once for many steps and kept, so evaluations and updates use the same one though weights move in between.
 """
@@ -76,6 +76,6 @@ class SparseMaskEstimator:
         keep = self.config.keep
         if self.config.by == "small_magnitude":
             return masks.smallest(engine, names, lambda shard: shard.data.float().abs(), keep)
-        known = {name: self.coming[name] for name in names if name in self.coming}
+        known = {name: self.coming[name].clone() for name in names if name in self.coming}  # saved apart
         others = [name for name in names if name not in known]
         return known | masks.random(engine, others, key.lasting(self.config.refresh, "sparse_mask"), keep)

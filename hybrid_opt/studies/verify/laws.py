@@ -64,7 +64,7 @@ def expected_dimension(config: Estimator, part: Part, whole: Part) -> float | No
         return (spread + 2) * whole.values / (whole.values + 2) - 1
     if form == "gaussian":
         return spread + 1
-    if form == "low_rank":
+    if form == "low_rank" and config.perturbation.otherwise == "refuse":
         matrices = [(shape, energy) for shape, energy in part.tensors if len(shape) == 2]
         rank = config.perturbation.noise_rank
         excess = sum(energy * 2 * (sum(shape) + 1) / rank for shape, energy in matrices)

@@ -1,4 +1,4 @@
-"""The table on the screen, made of the rows that also go into the JSON file. Next: `../../cli.py`."""
+"""The table on the screen, made of the rows that also go into the JSON file. Next: `../../cli/measuring.py`."""
 
 from collections.abc import Sequence
 

@@ -218,6 +218,6 @@ def test_what_has_no_dense_noise_or_no_gradient_is_refused():
     with pytest.raises(ValidationError, match="keep"):
         config(mask(keep=0.0))
     with pytest.raises(
-        UserError, match=r"'spsa' is spsa, which uses gradients of a backprop estimator again, but none acts"
+        UserError, match=r"'spsa': sparse_mask uses gradients of a backprop estimator again, but none acts"
     ):
         load_schedule(document(mask("sensitivity")))
