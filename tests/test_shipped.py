@@ -72,7 +72,7 @@ def test_reward_example_shortens_words(tmp_path):
 def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
     """From pretrained and from random weights; a few steps here, its defaults in the README."""
     for start in ("pretrained", "random"):
-        output = python("examples/ea4llm.py", "--start", start, "--steps", "5", "--samples", "8", "--rows", "16")
+        output = python("examples/ea4llm.py", "--start", start, "--steps", "4", "--samples", "8", "--rows", "16")
         before, after = (float(word) for word in output.splitlines()[-1].split() if word.replace(".", "").isdigit())
         assert after < before, output
 

@@ -204,8 +204,8 @@ def trainer_of(process):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_a_killed_and_a_stopped_run_go_on_to_the_same_result(tmp_path):
-    path = write_study(tmp_path, budgets=[{"steps": 120}], checkpoint_every=5)
-    run = tmp_path / "study/runs/base/120-steps/base/seed-0"
+    path = write_study(tmp_path, budgets=[{"steps": 80}], checkpoint_every=5)
+    run = tmp_path / "study/runs/base/80-steps/base/seed-0"
 
     process = ablate(path)
     wait_for("checkpoints/step-0000001*", run)
@@ -213,7 +213,7 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_same_result(tmp_path):
         run_study(path)
     os.kill(trainer_of(process), signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
-    assert "base, 120 steps, base, seed 0: failed: ended by SIGKILL (out of memory?)" in output
+    assert "base, 80 steps, base, seed 0: failed: ended by SIGKILL (out of memory?)" in output
     assert [run["status"] for run in index_of(tmp_path / "study")["runs"]] == ["failed"]
 
     process = ablate(path)
@@ -221,12 +221,12 @@ def test_a_killed_and_a_stopped_run_go_on_to_the_same_result(tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "base, 120 steps, base, seed 0: interrupted; the same command goes on with it" in output
+    assert "base, 80 steps, base, seed 0: interrupted; the same command goes on with it" in output
     assert [run["status"] for run in index_of(tmp_path / "study")["runs"]] == ["interrupted"]
 
     complete, _ = run_study(path)
     assert complete
-    assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == list(range(120))
+    assert [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()] == list(range(80))
     (row,) = rows_of(tmp_path / "study")
     whole = build(
         load_run(f"{run}.yaml", [f"output={tmp_path / 'whole'}", "training.checkpoint_every=0"]), display=Silence()
