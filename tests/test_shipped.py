@@ -98,6 +98,25 @@ def test_the_shipped_study_asks_what_the_readme_says():
             assert len(list(plan.rungs(cell))) == 1 + len(plan.study.fit)
 
 
+def test_the_study_of_estimators_compares_nine_on_two_tasks():
+    path = ROOT / "examples/studies/estimators.yaml"
+    plan = StudyPlan(load_study(path), path)
+    names = [
+        "mezo",
+        "fzoo",
+        "ea4llm",
+        "low rank es",
+        "align",
+        "lazy subspace",
+        "guided",
+        "backprop_checkpointing",
+        "lora",
+    ]
+    assert [arm.name for arm in plan.arms] == names
+    assert plan.tasks == ["topics", "movies"]
+    assert len(plan.cells) * (len(plan.study.seeds) + plan.study.learning_rates.tries) == 108
+
+
 def test_demo_run_file_is_valid_and_plans():
     run = load_run(ROOT / "examples/spam/run.yaml")
     assert len(list(timeline(run, run.training.steps))) > 1
