@@ -67,7 +67,11 @@ class StepKey(Key):
         super().__init__((seed, step, estimator))
         self.origin = (seed, step, estimator)
 
+    def stretch(self, steps: int) -> int:
+        """In which stretch of so many steps it is, counted from the run's first."""
+        return self.origin[1] // steps
+
     def lasting(self, steps: int, *parts: int | str) -> Key:
         """A key that is the same for `steps` steps, counted from the run's first, and depends on `parts`."""
-        seed, step, estimator = self.origin
-        return Key((seed, "lasting", step // steps, estimator)).fold(*parts)
+        seed, _, estimator = self.origin
+        return Key((seed, "lasting", self.stretch(steps), estimator)).fold(*parts)

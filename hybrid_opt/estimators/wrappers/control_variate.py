@@ -103,7 +103,7 @@ class ControlVariateEstimator:
 
     def _set_anchor(self, engine: Engine, moved: frozenset[str], key: StepKey) -> bool:
         """Let the weights be the anchor if it is time for a new one, and say whether it is."""
-        place = (key.origin[1] // self.config.refresh, moved)
+        place = (key.stretch(self.config.refresh), moved)
         if place == self.place and self.earlier:  # a step that failed has left none
             return False
         self.anchor = {}  # before there is another

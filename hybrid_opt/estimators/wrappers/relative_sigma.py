@@ -38,7 +38,7 @@ class RelativeSigmaEstimator:
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`."""
-        stretch = key.origin[1] // self.config.refresh
+        stretch = key.stretch(self.config.refresh)
         due = [n for n in engine.parameters if n in names and (n not in self.scales or self.scales[n][0] != stretch)]
         sizes = root_mean_squares(engine, due)
         self.scales |= {name: (stretch, max(size, self.config.floor)) for name, size in sizes.items()}

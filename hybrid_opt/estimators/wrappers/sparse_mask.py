@@ -46,7 +46,7 @@ class SparseMaskEstimator:
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`."""
-        stretch = key.origin[1] // self.config.refresh
+        stretch = key.stretch(self.config.refresh)
         due = [name for name in engine.parameters if name in names and self.stretches.get(name) != stretch]
         if due:
             self.masks |= self._decided(engine, due, key)

@@ -6,10 +6,7 @@ One idea: nothing is random here, so one number decides.
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
-from hybrid_opt.estimators.probing import NoiseSum
-from hybrid_opt.noise.keys import Key
 from hybrid_opt.perturbations.contract import Member
 from hybrid_opt.studies.verify.known_losses import Known, TiedLoss
 from hybrid_opt.studies.verify.quantity import Quantity, exactly
@@ -60,10 +57,6 @@ def forward_slopes(trials: Trials) -> Iterator[Quantity]:
     known, tangents = Known(TiedLoss()), 20
     g = known.read(estimated(estimator_of(type="backprop"), known, trials.key(0))[0]).double()
     estimate = estimated(estimator_of(type="forward_gradient", tangents=tangents), known, trials.key(0))[0]
-    slopes = torch.stack([g @ _noise(known, estimate, key).double() for key in estimate.keys])
+    slopes = torch.stack([g @ known.direction(estimate.perturbation, key).double() for key in estimate.keys])
     difference = (estimate.coefficients * tangents - slopes).abs().max().item()
     yield exactly("largest |JVP - g.z| / |g|", 0.0, difference / g.norm().item(), tolerance=1e-5)
-
-
-def _noise(known: Known, estimate: NoiseSum, key: Key) -> Tensor:
-    return known.read(NoiseSum(estimate.perturbation, [key], torch.ones(1).double()))

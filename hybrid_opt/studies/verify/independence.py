@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_opt.estimators.probing import NoiseSum
-from hybrid_opt.noise.keys import Key
 from hybrid_opt.studies.verify.known_losses import Known, LinearLoss
 from hybrid_opt.studies.verify.quantity import Quantity, function_of_means
 from hybrid_opt.studies.verify.sampling import DENSE, Trials, estimator_of
@@ -33,7 +31,7 @@ def members_and_steps(trials: Trials) -> Iterator[Quantity]:
                 trials.key(repeat * LAYERS + i).fold(0) if by_step else trials.key(repeat).fold(i)
                 for i in range(LAYERS)
             ]
-            z = torch.stack([_noise(known, perturbation, key) for key in keys])
+            z = torch.stack([known.direction(perturbation, key) for key in keys])
             rows.append(torch.stack([z.sum(0).square().sum(), z.square().sum()]))
         yield _quotient(f"|sum of noise|^2 / sum of |noise|^2, {LAYERS} {what}", torch.stack(rows))
 
@@ -42,13 +40,9 @@ def _sum_of_layers(trials: Trials, form: dict) -> Quantity:
     known = Known(LinearLoss(layers=LAYERS))
     perturbation, rows = estimator_of(type="spsa", perturbation=form).perturbation, []
     for repeat in trials.repeats(300):
-        z = _noise(known, perturbation, trials.key(repeat).fold(0)).view(LAYERS, -1)
+        z = known.direction(perturbation, trials.key(repeat).fold(0)).view(LAYERS, -1)
         rows.append(torch.stack([z.sum(0).square().sum(), z.square().sum()]))
     return _quotient(f"|sum of noise|^2 / sum of |noise|^2, {LAYERS} layers, {form['type']}", torch.stack(rows))
-
-
-def _noise(known: Known, perturbation, key: Key) -> torch.Tensor:
-    return known.read(NoiseSum(perturbation, [key], torch.ones(1).double()))
 
 
 def _quotient(name: str, samples: torch.Tensor) -> Quantity:

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 from torch.nn.functional import tanh
 
 from hybrid_opt.engines.local import LocalEngine
+from hybrid_opt.estimators.contract import Estimate
+from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
+from hybrid_opt.perturbations.contract import Perturbation
 
 
 class LinearLoss(nn.Module):
@@ -115,6 +119,10 @@ class Known:
         self.batch = loss.batch()
         self.names = list(self.engine.parameters)
 
-    def read(self, estimate) -> Tensor:
+    def read(self, estimate: Estimate) -> Tensor:
         """All values of an estimate, (values,) float32."""
         return torch.cat([estimate.read(shard) for shard in self.engine.shards(self.names)])
+
+    def direction(self, perturbation: Perturbation, key: Key) -> Tensor:
+        """All values of a perturbation's direction, (values,) float32."""
+        return self.read(NoiseSum(perturbation, [key], torch.ones(1).double()))

@@ -86,6 +86,11 @@ def squared_cosine(means: Tensor) -> Tensor:
     return means[..., 0].square() / means[..., 1]
 
 
+def cosine(means: Tensor) -> Tensor:
+    """`E<a, b> / sqrt(E|a|^2 E|b|^2)`, of means of these three, (..., 3)."""
+    return means[..., 0] / (means[..., 1] * means[..., 2]).sqrt()
+
+
 def error_of(samples: Tensor) -> Tensor:
     """`|a - g|^2 / |g|^2`, (repeats,), of `<a, g> / |g|^2` and `|a|^2 / |g|^2`, (repeats, 2)."""
     along, squared = samples.double().unbind(-1)

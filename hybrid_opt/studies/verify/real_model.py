@@ -28,7 +28,7 @@ from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import count_examples, select
 from hybrid_opt.scheduling.policy import layer_number, may_ever_move
 from hybrid_opt.studies.verify.laws import Part, directions_of, expected_cosine, expected_dimension
-from hybrid_opt.studies.verify.quantity import WHOLE_RESOLUTION, Quantity, function_of_means
+from hybrid_opt.studies.verify.quantity import WHOLE_RESOLUTION, Quantity, cosine, function_of_means
 from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.progress import Silence
@@ -134,18 +134,18 @@ def _rows(name: str, config: EstimatorConfig, parts: Mapping[str, Part], product
     whole = Part([tensor for part in parts.values() for tensor in part.tensors])
     directions, over_all = directions_of(config), products.sum(dim=1)
     yield function_of_means(
-        f"{name}: cosine", expected_cosine(config, whole, whole), over_all, _cosine, WHOLE_RESOLUTION
+        f"{name}: cosine", expected_cosine(config, whole, whole), over_all, cosine, WHOLE_RESOLUTION
     )
     if directions is not None:
 
         def dimension(mean: Tensor) -> Tensor:
-            return directions * (_cosine(mean) ** -2 - 1)
+            return directions * (cosine(mean) ** -2 - 1)
 
         law = expected_dimension(config, whole, whole)
         yield function_of_means(f"{name}: effective dimension", law, over_all, dimension, 2 * WHOLE_RESOLUTION)
     for (group, part), found in zip(parts.items(), products.unbind(1), strict=True):
         law = expected_cosine(config, part, whole)
-        yield function_of_means(f"{name}: cosine, {group}", law, found, _cosine, resolution=math.inf)
+        yield function_of_means(f"{name}: cosine, {group}", law, found, cosine, resolution=math.inf)
 
 
 def estimates_for(config: EstimatorConfig, directions: int) -> int:
@@ -170,7 +170,3 @@ def layer_groups(names: Collection[str]) -> dict[str, list[str]]:
             title = f"layer {block[0]}" if len(block) == 1 else f"layers {block[0]} to {block[-1]}"
         groups.setdefault(title, []).append(name)
     return groups
-
-
-def _cosine(mean: Tensor) -> Tensor:
-    return mean[..., 0] / (mean[..., 1] * mean[..., 2]).sqrt()

@@ -13,7 +13,7 @@ from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.update_rules import Sgd
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.studies.verify.known_losses import Known
-from hybrid_opt.studies.verify.quantity import Quantity, exactly, function_of_means
+from hybrid_opt.studies.verify.quantity import Quantity, cosine, exactly, function_of_means
 from hybrid_opt.studies.verify.sampling import DENSE, Trials, estimator_of
 
 SPACING = 2.0**-13
@@ -33,8 +33,8 @@ def rounded_updates(trials: Trials) -> Iterator[Quantity]:
     laws = {"none": _nearest(), "stochastic_rounding": _at_random()}
     for master_weights, law in laws.items():
         samples = torch.stack([_arrived(master_weights, trials, repeat) for repeat in range(60)])
-        yield function_of_means(f"cosine of a bf16 update, {master_weights}", law, samples, _cosine, resolution=0.02)
-    arrived = _cosine(_arrived("fp32", trials, 0)).item()
+        yield function_of_means(f"cosine of a bf16 update, {master_weights}", law, samples, cosine, resolution=0.02)
+    arrived = cosine(_arrived("fp32", trials, 0)).item()
     yield exactly("cosine of a bf16 model's update, fp32 masters", 1.0, arrived, tolerance=1e-6)
 
 
@@ -61,10 +61,6 @@ def _arrived(master_weights: str, trials: Trials, repeat: int) -> Tensor:
     (shard,) = known.engine.shards(["w"])
     update, change = -SIZE * known.read(noise).double(), shard.data.double() - before
     return torch.stack([update @ change, update @ update, change @ change])
-
-
-def _cosine(mean: Tensor) -> Tensor:
-    return mean[..., 0] / (mean[..., 1] * mean[..., 2]).sqrt()
 
 
 def _nearest() -> float:
