@@ -17,7 +17,7 @@ def test_forward_passes_are_those_of_a_step(recipe):
     for name in acting_names(config.schedule):
         estimator, single = config.estimators[name], {"type": "single", "estimator": name}
         document = {**config.model_dump(mode="json"), "policy": None, "schedule": single}
-        if getattr(estimator, "needs_gradient", False):
+        if estimator.needs_gradient:
             continue  # acts on what backprop has left behind: tested where it is
         cost = HybridOptimizer(tiny_model(), token_losses, schedule=document, steps=9).step(batch).costs[name]
         assert cost.forwards == estimator.forwards

@@ -198,7 +198,7 @@ class ScheduleFile(Strict):
     @model_validator(mode="after")
     def _backprop_leaves_gradients(self):
         acting = acting_names(self.schedule)
-        needing = [name for name in acting if getattr(self.estimators[name], "needs_gradient", False)]
+        needing = [name for name in acting if self.estimators[name].needs_gradient]
         if needing and not any(isinstance(self.estimators[name], Backprop) for name in acting):
             own = self.estimators[needing[0]]
             using = next((w.type for w in own.wrappers if w.needs_gradient), own.type)

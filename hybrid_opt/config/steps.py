@@ -45,6 +45,11 @@ class LearningRate(Strict):
         return self
 
     @property
+    def needs_gradient(self) -> bool:
+        """Whether it needs what backprop leaves behind."""
+        return False
+
+    @property
     def forwards_a_step(self) -> int:
         """Forward passes a step, those included that wrappers ask for."""
         return self.forwards
@@ -146,7 +151,7 @@ class DirectStep(LearningRate):
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether it needs what backprop leaves behind."""
+        """See `LearningRate.needs_gradient`; or a wrapper does."""
         return any(wrapper.needs_gradient for wrapper in self.wrappers)
 
     @property

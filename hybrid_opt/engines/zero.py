@@ -171,7 +171,6 @@ class ZeroEngine:
         if name not in self.owned:
             return None
         self.idle.bring_back()
-        self.stage.relink_state()  # groups that had none when DeepSpeed linked it may have some now
         p = self.parameters[name]
         key = first_moment_key(self.stage.optimizer_state(p))
         return None if key is None else safe_get_full_optimizer_state(p, key).flatten().float()

@@ -92,10 +92,12 @@ class Stage12:
             self.optimizer.update_offload_overflow_tracker(values)
 
     def optimizer_state(self, p: nn.Parameter) -> Mapping[str, Any]:
-        """See `Stage.optimizer_state`."""
-        return self.optimizer.optimizer.state.get(
-            self.optimizer.single_partition_of_fp32_groups[self._group[id(p)]], {}
-        )
+        """See `Stage.optimizer_state`. DeepSpeed links all groups at once, also those that have no state yet, and never again."""
+        group = self.optimizer.single_partition_of_fp32_groups[self._group[id(p)]]
+        state = self.optimizer.optimizer.state.get(group, {})
+        if state and p._hp_mapping is not None and not p._hp_mapping.optim_fragment:
+            self.relink_state()
+        return state
 
     def relink_state(self) -> None:
         """See `Stage.relink_state`. Each parameter has a view of its part, which would also keep the old tensors in memory."""

@@ -82,7 +82,7 @@ def _refuse_gradients_of_others(config: ScheduleFile, policies: dict[int | None,
     """Of parameters that backprop never moves there is never a gradient to be used again."""
     acting = acting_names(config.schedule)
     fresh = next((name for name in acting if isinstance(config.estimators[name], Backprop)), None)
-    for name in (name for name in acting if getattr(config.estimators[name], "needs_gradient", False)):
+    for name in (name for name in acting if config.estimators[name].needs_gradient):
         if may_ever_move(config, policies, name).isdisjoint(may_ever_move(config, policies, fresh)):
             raise UserError(
                 f"policy: {name!r} uses gradients of {fresh!r} again, but no rule lets both move the same parameter; "
