@@ -16,6 +16,7 @@ class ForwardGradient(DirectStep):
 
     differentiates: ClassVar[bool] = True
     directions_from_keys: ClassVar[bool] = True
+    draws_noise: ClassVar[bool] = True
 
     type: Literal["forward_gradient"]
     tangents: PositiveInt = 1

@@ -5,7 +5,7 @@ One idea: where guides come from, how they are stored and how probes use them ar
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -109,6 +109,8 @@ class Guided(Probing):
     common with the guides. Parameters of which there is no guide get plain noise. While there are no guides, or the latest have been
     found to be worth less than random directions, all pairs are random.
     """
+
+    draws_noise: ClassVar[bool] = False  # guides are no noise
 
     type: Literal["guided"]
     guides: Guides = Gradients(type="gradients")

@@ -4,7 +4,7 @@ One idea: they differ in how losses become coefficients of directions; how direc
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,8 @@ from hybrid_opt.config.wrappers import RelativeSigma, SparseMask, Wrapper
 
 class Probing(DirectStep):
     """What estimators have in common that evaluate the loss at perturbed weights, called members."""
+
+    draws_noise: ClassVar[bool] = True
 
     sigma: PositiveFloat = 1e-3
     """Standard deviation of the perturbation of a weight."""

@@ -29,6 +29,9 @@ class LearningRate(Strict):
     differentiates: ClassVar[bool] = False
     """Whether the estimator needs an objective that has a gradient."""
 
+    draws_noise: ClassVar[bool] = False
+    """Whether estimates are sums of noise that is drawn from keys, so that a ledger tells how to make them again."""
+
     learning_rate: PositiveFloat
     """Peak learning rate."""
     learning_rate_schedule: LearningRateScheduleName = "constant"

@@ -104,6 +104,22 @@ class FollowsBackprop(Protocol):
         ...
 
 
+@runtime_checkable
+class Prepares(Protocol):
+    """A part of an estimator that decides something from the weights before anything is evaluated."""
+
+    def prepare(self, engine: Engine, names: Collection[str], key: StepKey) -> Collection[str]:
+        """Decide it for a step, and give the parameters that the part within is to look at; all ranks together."""
+        ...
+
+
+def prepared(estimator: Estimator, engine: Engine, names: Collection[str], key: StepKey) -> None:
+    """Let an estimator, from the outside in, decide what it would decide in its estimate of the same step at the same weights."""
+    for part in chain(estimator):
+        if isinstance(part, Prepares):
+            names = part.prepare(engine, names, key)
+
+
 def chain(estimator: Estimator) -> Iterator[Any]:
     """An estimator and what it wraps (`inner`), from the outside in."""
     part = estimator

@@ -32,6 +32,10 @@ class Perturbation(Protocol):
     """For some parameters a factor s of sigma, else 1: `evaluate` multiplies noise by it and `add_noise` divides by it, so that
     estimates keep the gradient's units, `1/(N sigma s) sum w eps`."""
 
+    exceptions: Mapping[str, str]
+    """What evaluations have shown of parameters that `add_noise` treats otherwise than the rest: how, by name. To be given to a
+    perturbation that has not evaluated anything."""
+
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """Raise UserError for a parameter whose noise cannot be evaluated."""
         ...

@@ -48,6 +48,7 @@ class DensePerturbation:
         self.directions = Independent(directions) if isinstance(directions, str) else directions
         self.sigma = sigma
         self.scales: Mapping[str, float] = {}
+        self.exceptions: Mapping[str, str] = {}  # there are none
         self.whole_model = whole_model
         self.forward_size = forward_size or ForwardSize()
         self._outside: dict[tuple[nn.Module, frozenset[str]], tuple[frozenset[str], int]] = {}

@@ -88,6 +88,16 @@ class LowRankPerturbation:
         result.dense.scales = self.scales
         return result
 
+    @property
+    def exceptions(self) -> dict[str, str]:
+        """See `Perturbation.exceptions`: parameters that are `dense` or `frozen`."""
+        return {name: form for name, form in self._form_of.items() if form != "low_rank"}
+
+    @exceptions.setter
+    def exceptions(self, forms: Mapping[str, str]) -> None:
+        self._form_of.clear()
+        self._form_of.update(forms)
+
     def dimension(self, engine: Engine, names: Collection[str]) -> int:
         """See `Perturbation.dimension`: all, as far as an evaluation has not found some that it must leave frozen."""
         moved = [name for name in names if self._form_of.get(name) != "frozen"]

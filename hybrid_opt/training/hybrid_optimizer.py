@@ -31,6 +31,7 @@ from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
+from hybrid_opt.recovery.records import Part, Record, digest_of
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
@@ -58,6 +59,8 @@ class StepReport:
     """Duration."""
     part_seconds: dict[str, float]
     """Duration of each estimate, and of an even part of the rest."""
+    record: Record | None
+    """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
 
 
 class HybridOptimizer:
@@ -110,6 +113,7 @@ class HybridOptimizer:
             name: None if isinstance(c, Backprop) else build_rule(c.update)
             for name, c in self.config.estimators.items()
         }
+        self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
         self.learning_rates = {name: _learning_rate(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
@@ -147,6 +151,8 @@ class HybridOptimizer:
         estimates |= compared
         rates = {name: self.learning_rates[name](step) for name in plan}
         telling = [name for name in plan if not costs[name].is_empty]
+        record = self._record(telling, plan, estimates, owned, rates)
+        estimates |= {part.estimator: part.estimate for part in record.parts} if record else {}
         if parts := [p for n in telling for p in self._contributions(n, estimates[n], plan[n], owned[n], rates[n])]:
             self.engine.apply(parts, step)
         for name, estimate in compared.items():
@@ -165,6 +171,7 @@ class HybridOptimizer:
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
+            record=record,
         )
         self.signals = self.signals.updated(
             tokens=report.tokens,
@@ -212,6 +219,51 @@ class HybridOptimizer:
         if strength and rule is None:  # the engine adds it to the gradient, which not every engine can read here
             yield Contribution(self.anchor, weight * strength, names, rate, Sgd())
 
+    def _record(
+        self,
+        telling: list[str],
+        plan: Mapping[str, float],
+        estimates: Mapping[str, Estimate],
+        owned: Mapping[str, list[str]],
+        rates: Mapping[str, float],
+    ) -> Record | None:
+        """The step's record, if none but estimators act that draw noise."""
+        if not all(self.config.estimators[name].draws_noise for name in plan):
+            return None
+        step = self.signals.step
+        parts = [
+            Part.of(n, estimates[n], plan[n], rates[n], owned[n], StepKey(self.seed, step, n)) for n in telling
+        ]
+        return Record(step, self.policy_digests[self.schedule.phase], parts)
+
+    @torch.no_grad()
+    def replay(self, document: Mapping[str, Any]) -> None:
+        """Take the next step again as a ledger tells of it, evaluating nothing; all ranks together.
+
+        Moves the weights and the update rules' state, and no signal but the number of steps.
+
+        Args:
+            document: what `Record.document` gave.
+
+        Raises:
+            UserError: another policy than the run's.
+        """
+        if document["policy"] not in self.policy_digests.values():
+            raise UserError(
+                f"step {document['step']} of the ledger was taken under another policy than this schedule's; use the run's own run.yaml"
+            )
+        record = Record.restored(document, self.estimators, self.engine, self.seed)
+        parts = [
+            contribution
+            for part in record.parts
+            for contribution in self._contributions(
+                part.estimator, part.estimate, part.weight, list(part.names), part.learning_rate
+            )
+        ]
+        if parts:
+            self.engine.apply(parts, record.step)
+        self.signals = replace(self.signals, step=record.step + 1)
+
     def _compared(
         self, gradient: str | None, estimates: dict[str, Estimate], owned: dict[str, list[str]]
     ) -> dict[str, Compared]:
@@ -235,16 +287,17 @@ class HybridOptimizer:
         """Parameters that an estimator may move in the phase of the latest plan."""
         return self.policies[self.schedule.phase].names(name)
 
-    def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
+    def state_dict(self, folder: Path | None = None, *, weights: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, schedule and signals.
 
         Args:
             folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
+            weights: False leaves out the first three, which `replay` brings about.
         """
+        rules = {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None}
         return {
             "layout": self.engine.layout(),
-            "engine": self.engine.state_dict(folder),
-            "rules": {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None},
+            **({"engine": self.engine.state_dict(folder), "rules": rules} if weights else {}),
             "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
@@ -252,10 +305,11 @@ class HybridOptimizer:
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
-        self.engine.load_state_dict(state["engine"], folder)
-        for name, rule in self.rules.items():
-            if rule is not None:
-                rule.load_state_dict(state["rules"][name])
+        if "engine" in state:
+            self.engine.load_state_dict(state["engine"], folder)
+            for name, rule in self.rules.items():
+                if rule is not None:
+                    rule.load_state_dict(state["rules"][name])
         recall(self.estimators, state["estimators"], self.engine)
         self.schedule.load_state_dict(state["schedule"])
         self.signals = Signals(**state["signals"])

@@ -80,7 +80,7 @@ class ControlVariateEstimator:
             estimate, anchor_cost = self.inner.estimate(engine, objective, batch, names, key)
         there = replays_of(estimate, moved, key)
         share = 1 / len(self.earlier)
-        mean = [(share, replay.estimate) for step in self.earlier for replay in step]
+        mean = [(share, replay) for step in self.earlier for replay in step]
         self.earlier.appendleft(there)
         return WeightedSum([*_differences(here, there), *mean]), _of_both(anchor_cost, cost)
 
@@ -133,7 +133,7 @@ def _differences(here: Sequence[Replay], there: Sequence[Replay]) -> Iterator[tu
         noise = at_weights.noise
         assert noise.keys == at_anchor.noise.keys, "one key gives the same directions at any weights"
         coefficients = noise.coefficients.double() - at_anchor.noise.coefficients.double()
-        yield 1.0, replace(at_weights, noise=replace(noise, coefficients=coefficients)).estimate
+        yield 1.0, replace(at_weights, noise=replace(noise, coefficients=coefficients))
 
 
 def _of_both(anchor: Cost, own: Cost) -> Cost:

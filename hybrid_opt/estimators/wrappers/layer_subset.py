@@ -40,9 +40,13 @@ class LayerSubsetEstimator:
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`."""
+        chosen = self.prepare(engine, names, key)
+        estimate, cost = self.inner.estimate(engine, objective, batch, chosen, key)
+        return Restricted(estimate, frozenset(chosen)), cost
+
+    def prepare(self, engine: Engine, names: Collection[str], key: StepKey) -> list[str]:
+        """See `Prepares.prepare`: the parameters of the step's block."""
         layers = list(dict.fromkeys(layer_number(name) for name in engine.parameters if name in names))
         first = key.fold("layer_subset").seed() % len(layers)
         block = (layers + layers)[first : first + self.config.layers]
-        chosen = [name for name in engine.parameters if name in names and layer_number(name) in block]
-        estimate, cost = self.inner.estimate(engine, objective, batch, chosen, key)
-        return Restricted(estimate, frozenset(chosen)), cost
+        return [name for name in engine.parameters if name in names and layer_number(name) in block]

@@ -38,7 +38,7 @@ class MomentumEstimator:
         if cost.is_empty:
             return estimate, cost
         self.latest.appendleft(replays_of(estimate, frozenset(names), key))
-        terms = [(self.config.beta**age, replay.estimate) for age, step in enumerate(self.latest) for replay in step]
+        terms = [(self.config.beta**age, replay) for age, step in enumerate(self.latest) for replay in step]
         return WeightedSum(terms), cost
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,14 +38,20 @@ class RelativeSigmaEstimator:
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`."""
+        self.prepare(engine, names, key)
+        estimate, cost = self.inner.estimate(engine, objective, batch, names, key)
+        told = {what: value for what, value in cost.statistics.items() if what != "gradient_norm"}  # of s g it would be
+        return estimate, replace(cost, statistics=told)
+
+    @torch.no_grad()
+    def prepare(self, engine: Engine, names: Collection[str], key: StepKey) -> Collection[str]:
+        """See `Prepares.prepare`: the scales, where a new stretch of steps begins."""
         stretch = key.stretch(self.config.refresh)
         due = [n for n in engine.parameters if n in names and (n not in self.scales or self.scales[n][0] != stretch)]
         sizes = root_mean_squares(engine, due)
         self.scales |= {name: (stretch, max(size, self.config.floor)) for name, size in sizes.items()}
         innermost(self.inner).perturbation.scales = {name: self.scales[name][1] for name in names}
-        estimate, cost = self.inner.estimate(engine, objective, batch, names, key)
-        told = {what: value for what, value in cost.statistics.items() if what != "gradient_norm"}  # of s g it would be
-        return estimate, replace(cost, statistics=told)
+        return names
 
     def state_dict(self) -> dict[str, tuple[int, float]]:
         """The stretch and s by parameter; the same on all ranks."""

@@ -46,12 +46,18 @@ class SparseMaskEstimator:
         self, engine: Engine, objective: Objective, batch: Any, names: Collection[str], key: StepKey
     ) -> tuple[Estimate, Cost]:
         """See `Estimator.estimate`."""
+        self.prepare(engine, names, key)
+        return self.inner.estimate(engine, objective, batch, names, key)
+
+    @torch.no_grad()
+    def prepare(self, engine: Engine, names: Collection[str], key: StepKey) -> Collection[str]:
+        """See `Prepares.prepare`: the masks, where a new stretch of steps begins."""
         stretch = key.stretch(self.config.refresh)
         due = [name for name in engine.parameters if name in names and self.stretches.get(name) != stretch]
         if due:
             self.masks |= self._decided(engine, due, key)
             self.stretches |= dict.fromkeys(due, stretch)
-        return self.inner.estimate(engine, objective, batch, names, key)
+        return names
 
     @torch.no_grad()
     def follow(self, engine: Engine, gradient: Gradient, names: Collection[str]) -> None:

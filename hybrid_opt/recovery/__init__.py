@@ -1,0 +1,2 @@
+"""What makes a run outlive its process. Reading order: `records.py`, `ledger.py`, `replaying.py`, then `checkpoint.py`, `keeping.py`, and
+`export.py`."""
