@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hybrid_opt.config.engines import ZeroEngine as ZeroEngineConfig
 from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.engines.checksums import checksums
 from hybrid_opt.engines.contract import Contribution, Shard, is_spread, whole_shape
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.direct import moved_directly, update_directly
@@ -27,7 +28,7 @@ from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.rank_loss import watch
 from hybrid_opt.engines.ranks import TIMEOUT, Ranks, free_port
 from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
-from hybrid_opt.engines.zero_stages import Stage3, Stage12, checksums
+from hybrid_opt.engines.zero_stages import Stage3, Stage12
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
 from hybrid_opt.estimators.modes import requiring_grad

@@ -19,7 +19,7 @@ from hybrid_opt.engines.contract import Engine, whole_shape
 from hybrid_opt.estimators.contract import Estimate, Estimator, WeightedSum, innermost, prepared
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.estimators.replay import Replay, replays_of
-from hybrid_opt.noise.keys import Key, StepKey
+from hybrid_opt.noise.keys import StepKey
 
 
 @dataclass(frozen=True)

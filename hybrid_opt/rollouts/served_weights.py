@@ -12,42 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid_opt.noise.drawing import block_size
+from hybrid_opt.engines.checksums import checksum as checksum_of
 
 SHARED_MEMORY = Path("/dev/shm")
 """A file system in main memory, on Linux."""
 ROOM = 2
 """Times a folder's size that must be free there, since others want memory too."""
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-MULTIPLIER = 6364136223846793005
-"""An odd number with good mixing, of Knuth's linear congruential generator."""
 
 
-@torch.no_grad()
 def checksum(model: nn.Module) -> tuple[int, ...]:
-    """A number for each parameter that depends on the bits and the order of its elements: `sum_i (2i + 1) bits_i` of a block,
-    `MULTIPLIER * sum + block` from one to the next, modulo 2^64.
-
-    An odd factor has an inverse modulo 2^64, so a change of one element always changes the number.
-    """
-    sums = [_checksum(p) for p in model.parameters()]
+    """The checksum of each parameter."""
+    sums = [checksum_of(p) for p in model.parameters()]
     devices = {s.device for s in sums}
     return tuple(
         n for device in sorted(devices, key=str) for n in torch.stack([s for s in sums if s.device == device]).tolist()
     )
-
-
-def _checksum(weights: Tensor) -> Tensor:
-    bits = weights.detach().contiguous().view(-1).view(BITS[weights.element_size()])
-    block = block_size(bits.device)
-    odd = torch.arange(1, 2 * min(block, len(bits)) + 1, 2, device=bits.device)
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for piece in bits.split(block):
-        total = total * MULTIPLIER + (piece.long() * odd[: len(piece)]).sum()
-    return total
 
 
 def weight_bytes(model: nn.Module) -> int:

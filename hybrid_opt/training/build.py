@@ -31,6 +31,7 @@ from hybrid_opt.objectives.choice import ChoiceData
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.objectives.reward import reward_objective
+from hybrid_opt.recovery.keeping import Keeping
 from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
@@ -97,6 +98,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         validation_along=_batches(along, size, data),
         probe=_batches(_spread(validation or examples, training.probe_rows), size, data),
         checkpoint_every=training.checkpoint_every,
+        keeping=Keeping(training.keep_checkpoints, training.snapshots, training.replay_at_most),
         output=run.output,
         overwrite=overwrite,
         resume=resume,
@@ -207,6 +209,9 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         "report_to",
         "training.evaluate_every",
         "training.checkpoint_every",
+        "training.keep_checkpoints",
+        "training.snapshots",
+        "training.replay_at_most",
         "training.evaluation_rows",
         "training.save_model",
     }

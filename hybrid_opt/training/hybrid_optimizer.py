@@ -231,9 +231,7 @@ class HybridOptimizer:
         if not all(self.config.estimators[name].draws_noise for name in plan):
             return None
         step = self.signals.step
-        parts = [
-            Part.of(n, estimates[n], plan[n], rates[n], owned[n], StepKey(self.seed, step, n)) for n in telling
-        ]
+        parts = [Part.of(n, estimates[n], plan[n], rates[n], owned[n], StepKey(self.seed, step, n)) for n in telling]
         return Record(step, self.policy_digests[self.schedule.phase], parts)
 
     @torch.no_grad()

@@ -4,6 +4,7 @@
     run.yaml            resolved configuration (only for runs from a run file)
     metrics.jsonl       one line a step
     evaluations.jsonl   one line an evaluation
+    ledger.jsonl        what ES steps were made of, from which weights are made again
     checkpoints/        to resume from
     logs/               what the experiment trackers of `report_to` write, such as TensorBoard's event files
     summary.json        before, after, and what each estimator contributed
@@ -32,6 +33,7 @@ CONTENTS = (
     "machine.json",
     "metrics.jsonl",
     "evaluations.jsonl",
+    "ledger.jsonl",
     "checkpoints",
     "logs",
     "summary.json",
@@ -76,6 +78,7 @@ class RunFolder:
         self.machine = self.path / "machine.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
+        self.ledger = self.path / "ledger.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.summary = self.path / "summary.json"
@@ -128,10 +131,6 @@ class RunFolder:
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The summary as JSON."""
         self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-
-    def clear_checkpoints(self) -> None:
-        """A finished run needs none."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote; empty if nothing was."""

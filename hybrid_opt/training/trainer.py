@@ -19,8 +19,8 @@ from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
+from hybrid_opt.recovery.keeping import Keeper, Keeping
 from hybrid_opt.training.attribution import Attribution
-from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for
 from hybrid_opt.training.evaluation import evaluate
@@ -55,6 +55,7 @@ class Trainer:
         validation_along: fewer batches for those; None: the same.
         probe: batches on which each estimator's contribution is measured.
         checkpoint_every: steps between checkpoints; 0: only when interrupted.
+        keeping: how many checkpoints are kept, and when they have weights.
         output: run folder; None: nothing is written.
         overwrite: replace the run that the folder holds.
         resume: go on from the folder's newest checkpoint.
@@ -86,6 +87,7 @@ class Trainer:
         validation_along: Sequence[Any] | None = None,
         probe: Sequence[Any] = (),
         checkpoint_every: int = 0,
+        keeping: Keeping = Keeping(),
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -133,6 +135,7 @@ class Trainer:
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
+        self.keeper = self._keeper(keeping) if self.folder else None
         if self.records and reporters(report_to):
             self.display = Displays(self.display, self._integrations(report_to, model))
         self.before: dict[str, float] = {}
@@ -187,7 +190,8 @@ class Trainer:
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
         if is_due and all(row["step"] < step for row in self.evaluations):  # a resumed run may have done it
             self._record_evaluation(step, self._evaluate(self.validation_along))
-        if self.checkpoint_every and step % self.checkpoint_every == 0 and step > self.began:
+        is_due = self.checkpoint_every and step % self.checkpoint_every == 0
+        if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
             self._save()
 
     def _step(self, step: int) -> None:
@@ -202,6 +206,8 @@ class Trainer:
         norms, own = self.update_norms.after(), self.optimizer.objectives
         row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
         self.metrics.append(row)
+        if self.keeper:
+            self.keeper.stepped(report)
         if self.records:
             self.folder.append(self.folder.metrics, row)
         self.display.stepped(row, self.done())
@@ -214,6 +220,7 @@ class Trainer:
             return
         if self.records:
             self.folder.prepare()
+            self.keeper.begin()
             if self.config is not None:
                 self.folder.write_config(self.config)
             self.folder.write_machine(describe_machine(self.optimizer.engine.device, self.ranks.world_size))
@@ -243,7 +250,7 @@ class Trainer:
         if self.records:
             draw_curves(self.metrics, self.evaluations, self.folder.curves)
             self.folder.write_summary(summary.as_dict())
-            self.folder.clear_checkpoints()
+            self.keeper.finish()
         self.optimizer.engine.leave()
         return summary
 
@@ -268,6 +275,10 @@ class Trainer:
 
     # ------------------------------------------------------------ measuring and recording
 
+    def _keeper(self, keeping: Keeping) -> Keeper:
+        how = {"config": self.config, "whole": self.consolidates, "say": lambda line: self.display.say(line)}
+        return Keeper(self.folder, self.optimizer, keeping, **how)
+
     def _integrations(self, report_to: str | Sequence[str], model: nn.Module) -> Integrations:
         own = {
             "steps": self.steps,
@@ -291,29 +302,20 @@ class Trainer:
 
     def _save(self) -> str:
         """Save a checkpoint, if there is a folder, and say how to go on from it. All ranks do this together."""
-        if not self.folder:
+        if not self.keeper:
             return ""
-        save_checkpoint(self.folder.checkpoints, self.optimizer.signals.step, self.ranks, self._write_state)
+        self.keeper.save(self._state)
         return f" (saved in {self.folder.path}; go on with the same command and --resume)"
 
-    def _write_state(self, checkpoint: Path) -> dict[str, Any]:
+    def _state(self, checkpoint: Path, weights: bool) -> dict[str, Any]:
+        """What the next step depends on; the weights and what goes with them only where they are asked for."""
         if self.consolidates:
             save_model(self.optimizer.engine, self.tokenizer, checkpoint)
         return {
-            "optimizer": self.optimizer.state_dict(checkpoint / "engine"),
+            "optimizer": self.optimizer.state_dict(checkpoint / "engine", weights=weights),
             "attribution": self.attribution.state_dict(),
             "before": self.before,
         }
-
-    def _refuse_other_layout(self, checkpoint: Path, saved: dict[str, int]) -> None:
-        if saved != (own := self.optimizer.engine.layout()):
-            whole = checkpoint / "model"
-            random = " model.config=null" if (self.config or {}).get("model", {}).get("config") else ""
-            hint = f"model.name={whole}{random} output=..." if whole.is_dir() else "engine.consolidate: true writes it"
-            raise UserError(
-                f"output: {self.folder.path}: {checkpoint.name} was saved by {_described(saved)}, and this run has {_described(own)}; "
-                f"resume with the same, or start a new run from the whole model ({hint})"
-            )
 
     def _saved_after(self, error: UserError) -> str:
         """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
@@ -321,10 +323,7 @@ class Trainer:
         return self._save() if together and self.optimizer.engine.is_finite() else ""
 
     def _load(self) -> None:
-        newest = newest_checkpoint(self.folder.checkpoints)
-        state = load_checkpoint(newest, self.ranks.rank)
-        self._refuse_other_layout(newest, state["optimizer"]["layout"])
-        self.optimizer.load_state_dict(state["optimizer"], newest / "engine")
+        state = self.keeper.load()
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]
         if self.records:
@@ -332,8 +331,3 @@ class Trainer:
         self.ranks.wait()
         self.metrics = self.folder.rows(self.folder.metrics)
         self.evaluations = self.folder.rows(self.folder.evaluations)
-
-
-def _described(layout: dict[str, int]) -> str:
-    ranks = f"{layout['ranks']} rank{'s' * (layout['ranks'] > 1)}"
-    return f"{ranks} under ZeRO-{layout['zero_stage']}" if layout["zero_stage"] else f"{ranks} without ZeRO"

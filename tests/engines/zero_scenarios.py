@@ -32,7 +32,7 @@ from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.objectives.reward import RewardObjective
-from hybrid_opt.training.checkpoint import load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
 from hybrid_opt.training.save_model import save_model
 from tests.conftest import GLASS, tiny_model, token_batch, token_losses
 

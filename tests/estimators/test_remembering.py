@@ -5,7 +5,7 @@ import torch
 
 from hybrid_opt import HybridOptimizer
 from hybrid_opt.engines.ranks import Ranks
-from hybrid_opt.training.checkpoint import load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import tiny_model, token_batch, token_losses
 
 DENSE = {"type": "dense"}

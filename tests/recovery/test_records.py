@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from hybrid_opt.errors import UserError
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from tests.conftest import tiny_model, token_batch, token_losses
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
 from hybrid_opt.engines.ranks import Ranks
-from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
 
@@ -159,7 +159,7 @@ def test_steps_after_the_last_checkpoint_are_taken_again(write_run, tmp_path):
     path = write_run(**LM, training=training, schedule=ALTERNATE)
     dying = build(load_run(path), display=Silence())
     die_before(dying, 5)
-    assert newest_checkpoint(tmp_path / "out/checkpoints").name == "step-00000004"
+    assert checkpoints(tmp_path / "out/checkpoints")[0].name == "step-00000004"
     assert len(lines(tmp_path / "out/metrics.jsonl")) == 5
     train(path, resume=True)
     train(path, f"output={tmp_path / 'whole'}")
@@ -210,7 +210,7 @@ def test_ctrl_c_and_the_command_line(write_run, tmp_path):
     assert "stopping after the current step" in output
     assert "go on with the same command and --resume" in output
     taken = len(lines(metrics))
-    assert newest_checkpoint(tmp_path / "out/checkpoints").name == f"step-{taken:08d}"
+    assert checkpoints(tmp_path / "out/checkpoints")[0].name == f"step-{taken:08d}"
 
 
 def test_a_loss_that_blows_up_stops_and_weights_that_are_lost_are_not_saved(write_run, tmp_path):
@@ -222,7 +222,7 @@ def test_a_loss_that_blows_up_stops_and_weights_that_are_lost_are_not_saved(writ
         UserError, match=r"estimator backprop: the loss is nan; lower the learning rates.*gradient_clipping$"
     ):
         train(write_run(**LM, training={"steps": 5, "batch_size": 4, "probe_rows": 0}, schedule=wild))
-    assert newest_checkpoint(tmp_path / "out/checkpoints") is None
+    assert not checkpoints(tmp_path / "out/checkpoints")
 
 
 def test_lora_trains_adapters_alone_and_saves_a_whole_model(write_run, tmp_path):
@@ -311,10 +311,10 @@ def test_the_resolved_file_repeats_the_run(write_run, tmp_path):
 def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
     state = {"a": {"w.x/y": torch.arange(3.0)}, "b": {"n": 3, "none": None, "empty": {}, "list": [1, "two"]}}
     save_checkpoint(tmp_path, 1, Ranks(), lambda place: state)
-    monkeypatch.setattr("hybrid_opt.training.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr("hybrid_opt.recovery.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         save_checkpoint(tmp_path, 2, Ranks(), lambda place: state)
-    newest = newest_checkpoint(tmp_path)
+    (newest,) = checkpoints(tmp_path)
     assert newest.name == "step-00000001"
     loaded = load_checkpoint(newest)
     assert torch.equal(loaded["a"]["w.x/y"], torch.arange(3.0))
