@@ -1,5 +1,5 @@
-"""The command line: train | check | plan | ablate | report | bench | verify | schema. Next: `runs.py`,
-`studies.py`, `measuring.py`, then `../config/loading.py`, `../training/build.py`.
+"""The command line: train | check | plan | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
+`recovering.py`, `studies.py`, `measuring.py`, then `../config/loading.py`, `../training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -12,6 +12,7 @@ import typer
 
 from hybrid_opt.cli.arguments import rank
 from hybrid_opt.cli.measuring import bench, verify
+from hybrid_opt.cli.recovering import export, replay
 from hybrid_opt.cli.runs import check, plan, schema, train
 from hybrid_opt.cli.studies import ablate, report
 from hybrid_opt.errors import UserError, error_line
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, check, plan, ablate, report, bench, verify, schema):
+for command in (train, check, plan, replay, export, ablate, report, bench, verify, schema):
     app.command()(command)
 
 

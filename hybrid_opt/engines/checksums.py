@@ -3,6 +3,7 @@
 One idea: the bits of floats are integers, whose sums are exact in any order, so a checksum costs one reading and no copy.
 """
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -38,6 +39,7 @@ def checksums(parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack([checksum(p.data).cpu() if p.shape == whole_shape(p) else zero for p in parameters])
 
 
-def of_shards(engine: Engine) -> list[int]:
-    """The checksums of all shards that this rank may write, in their order."""
-    return [int(checksum(shard.data)) for shard in engine.shards(engine.parameters)]
+def weights_digest(engine: Engine) -> str:
+    """16 hexadecimal digits for all shards that this rank may write."""
+    sums = [(shard.name, shard.start, int(checksum(shard.data))) for shard in engine.shards(engine.parameters)]
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

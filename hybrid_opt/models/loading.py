@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from hybrid_opt.config.loading import load_run
 from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.models.cache import cache_folder
@@ -43,6 +44,8 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
     Raises:
         UserError: there is no such model, it cannot be read, or its configuration is not of its architecture.
     """
+    if is_export(config.name):
+        return with_adapters(_replayed(config), lora)
     dtype = getattr(torch, config.dtype)
     logging.disable_progress_bar()
     with torch.random.fork_rng():
@@ -54,6 +57,27 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
             model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
             _align(model)
         return with_adapters(model, lora)
+
+
+def is_export(name: str | None) -> bool:
+    """Whether a model's name is a folder that `hybrid-opt export` wrote."""
+    return name is not None and (Path(name) / "ledger.jsonl.gz").is_file()
+
+
+def _origin(config: Model) -> Model:
+    """The model that an export starts from, which has its architecture and tokenizer."""
+    while config.tokenizer is None and is_export(config.name):
+        config = load_run(Path(config.name) / "run.yaml").model
+    return config
+
+
+def _replayed(config: Model) -> PreTrainedModel:
+    """What an export stands for: another model, with the steps of its ledger taken."""
+    from hybrid_opt.recovery.replaying import replay  # which loads that other model by this module
+
+    model = replay(Path(config.name)).optimizer.engine.model
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return model.to(getattr(torch, config.dtype))
 
 
 def _align(model: PreTrainedModel) -> None:
@@ -69,6 +93,7 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    config = _origin(config)
     key = "model.tokenizer" if config.tokenizer else "model.name"
     return _from_pretrained(AutoTokenizer, config, config.tokenizer or config.name, key)
 
@@ -79,6 +104,7 @@ def architecture(config: Model) -> PretrainedConfig:
     Raises:
         UserError: no such model or architecture, or a key that the architecture does not have.
     """
+    config = _origin(config)
     if config.config is None:
         return _from_pretrained(AutoConfig, config, config.name, "model.name")
     settings = dict(config.config)

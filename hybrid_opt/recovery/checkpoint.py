@@ -42,12 +42,16 @@ def save_checkpoint(
 ) -> Path:
     """Write a state after `step` steps, then remove older checkpoints; to be called by all ranks.
 
+    A whole one of this step that is there already stays: the run was resumed from it.
+
     Args:
         write: writes what it likes into the checkpoint, and returns the rest of this rank's state.
         base: of a light checkpoint.
         keep: how many of the latest checkpoints stay, and those that they are based on.
     """
     final, aside = _place(folder, step), folder / f".{_place(folder, step).name}"
+    if ranks.any(ranks.rank == 0 and _is_whole(final)):
+        return final
     if ranks.rank == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -56,7 +60,7 @@ def save_checkpoint(
     ranks.wait()
     if ranks.rank == 0:
         _write_manifest(aside, step, base)
-        shutil.rmtree(final, ignore_errors=True)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(aside, final)
         _to_disk(folder)
         _remove_old(folder, keep)
@@ -88,6 +92,13 @@ def verified(checkpoint: Path) -> dict[str, Any]:
         if file.stat().st_size != size or _digest(file) != digest:
             raise DamagedError(f"{file} is not as it was written")
     return manifest
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return bool(verified(checkpoint))
+    except DamagedError:
+        return False
 
 
 def base_of(checkpoint: Path) -> Path | None:

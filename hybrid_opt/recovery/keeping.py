@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybrid_opt.engines.checksums import of_shards
+from hybrid_opt.engines.checksums import weights_digest
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import (
     base_of,
@@ -21,7 +21,7 @@ from hybrid_opt.recovery.checkpoint import (
     verified,
 )
 from hybrid_opt.recovery.ledger import Ledger, read_steps
-from hybrid_opt.recovery.records import parameters_digest
+from hybrid_opt.recovery.records import description_of
 
 if TYPE_CHECKING:
     from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
@@ -60,7 +60,9 @@ class Keeper:
     ):
         self.folder, self.optimizer, self.keeping, self.whole, self.say = folder, optimizer, keeping, whole, say
         self.config, self.ranks = config, optimizer.engine.ranks
-        self.ledger = Ledger(folder.ledger, parameters_digest(optimizer.engine), writes=self.ranks.rank == 0)
+        self.ledger = Ledger(
+            folder.ledger, description_of(optimizer.engine, config is not None), writes=self.ranks.rank == 0
+        )
         self.base = None if config is None else 0
         """Step of the latest snapshot; 0: the model at the start."""
         self.lost = 0
@@ -102,7 +104,7 @@ class Keeper:
 
         def state(place: Path) -> dict[str, Any]:
             kept = write(place, whole)
-            return {**kept, **({} if whole else {"weights": of_shards(self.optimizer.engine)})}
+            return {**kept, **({} if whole else {"weights": weights_digest(self.optimizer.engine)})}
 
         made = save_checkpoint(
             self.folder.checkpoints,
@@ -184,7 +186,7 @@ class Keeper:
             pass
 
     def _steps(self, first: int, end: int):
-        return read_steps(self.ledger.path, first, end, self.ledger.parameters)
+        return read_steps(self.ledger.path, first, end, self.ledger.model)
 
     def _replay(self, first: int, end: int) -> None:
         if end > first:
@@ -192,11 +194,11 @@ class Keeper:
         for document in self._steps(first, end):
             self.optimizer.replay(document)
 
-    def _refuse_other_weights(self, checkpoint: Path, sums: list[int]) -> None:
-        if self.ranks.any(sums != of_shards(self.optimizer.engine)):
+    def _refuse_other_weights(self, checkpoint: Path, digest: str) -> None:
+        if self.ranks.any(digest != weights_digest(self.optimizer.engine)):
             raise UserError(
-                f"output: {self.folder.path}: the ledger does not lead to the weights of {checkpoint.name}, so the model at the start "
-                "or the kind of device is another than then; use the same, or start anew with --overwrite"
+                f"output: {self.folder.path}: the ledger does not lead to the weights of {checkpoint.name}, so the kind of device, the "
+                "number of threads or a library is another than then; use the same, or start anew with --overwrite"
             )
 
     def _refuse_other_layout(self, checkpoint: Path, saved: dict[str, int]) -> None:

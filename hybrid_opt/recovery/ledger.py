@@ -1,4 +1,4 @@
-"""The ledger: records of steps in a file that only grows. Next: `replaying.py`.
+"""The ledger: records of steps in a file that only grows. Next: `checkpoint.py`.
 
 One idea: a record is safe on disk before the next step begins, and says itself whether it is whole; so whatever happens, what can be read
 from the beginning is true, and the rest is as if it had not happened.
@@ -23,19 +23,19 @@ LONGEST = 1 << 26
 
 
 class Ledger:
-    """A file of JSON lines: the first says what parameters the places in the others stand for, each other one is a step.
+    """A file of JSON lines: the first describes the model that the steps begin with, each other one is a step.
 
     Each line ends in a CRC-32 of what stands before it, and is written out to the disk at once. Steps that no record can bring back
     leave a gap.
 
     Args:
         path: the file; it need not exist.
-        parameters: see `parameters_digest`; compared with what the file says.
+        model: what is written of the model in the first line, and must agree with what a file says already.
         writes: whether this is the process among several that writes; the others only count along.
     """
 
-    def __init__(self, path: Path, parameters: str, *, writes: bool = True):
-        self.path, self.parameters, self.writes = path, parameters, writes
+    def __init__(self, path: Path, model: Mapping[str, Any], *, writes: bool = True):
+        self.path, self.model, self.writes = path, model, writes
         self.first = self.end = 0
         """Steps `first` to `end - 1` are the latest without a gap between them."""
 
@@ -44,7 +44,7 @@ class Ledger:
         self.first = self.end = 0
         if self.writes:
             self.path.unlink(missing_ok=True)
-        self._write({"format": FORMAT, "parameters": self.parameters})
+        self._write({"format": FORMAT, **self.model})
 
     def append(self, document: Mapping[str, Any]) -> None:
         """Record a step that comes after all that are recorded."""
@@ -60,7 +60,7 @@ class Ledger:
             UserError: the file is of another model.
         """
         self.first = self.end = kept = 0
-        for line in whole_lines(self.path, self.parameters):
+        for line in whole_lines(self.path, self.model):
             if line.step is not None:
                 if line.step >= step:
                     break
@@ -111,8 +111,11 @@ def encoded(document: Mapping[str, Any]) -> bytes:
     return body + MARK + b'%08x"}\n' % zlib.crc32(body)
 
 
-def whole_lines(path: Path, parameters: str) -> Iterator[Line]:
+def whole_lines(path: Path, model: Mapping[str, Any] | None = None) -> Iterator[Line]:
     """The lines of a ledger, packed by gzip or not, up to the first that is cut off, changed or out of order.
+
+    Args:
+        model: see `Ledger`; None: not compared.
 
     Raises:
         UserError: the ledger is of another model or another format.
@@ -120,7 +123,7 @@ def whole_lines(path: Path, parameters: str) -> Iterator[Line]:
     latest = None
     for line in _lines(path):
         if latest is None:
-            _refuse_other_model(line.document, parameters, path)
+            _refuse_other_model(line.document, model, path)
             latest = -1
         elif not isinstance(line.step, int) or line.step <= latest:
             return
@@ -129,14 +132,14 @@ def whole_lines(path: Path, parameters: str) -> Iterator[Line]:
         yield line
 
 
-def read_steps(path: Path, first: int, end: int, parameters: str) -> Iterator[dict[str, Any]]:
+def read_steps(path: Path, first: int, end: int, model: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The documents of steps `first` to `end - 1`.
 
     Raises:
         UserError: one of them is missing or damaged, or the ledger is of another model.
     """
     expected = first
-    for line in whole_lines(path, parameters) if first < end else ():
+    for line in whole_lines(path, model) if first < end else ():
         if line.step is None or line.step < first:
             continue
         if line.step != expected:
@@ -162,13 +165,21 @@ def _lines(path: Path) -> Iterator[Line]:
         return
 
 
-def _refuse_other_model(header: Mapping[str, Any], parameters: str, path: Path) -> None:
+def _refuse_other_model(header: Mapping[str, Any], model: Mapping[str, Any] | None, path: Path) -> None:
     if header.get("format") != FORMAT:
         raise UserError(f"{path}: its format is {header.get('format')!r}, but this version reads {FORMAT}")
-    if header.get("parameters") != parameters:
+    if model is None:
+        return
+    if header.get("parameters") != model["parameters"]:
         raise UserError(
             f"{path}: it tells of a model whose parameters have other names or shapes; use the model and the peft section that it was "
             "made with"
+        )
+    # Other ranks hold other parts, of which nothing can be said.
+    if header.get("layout") == model["layout"] and header.get("weights") != model["weights"]:
+        raise UserError(
+            f"{path}: it begins with other weights than the model has now; use the very model that it was made with (model.revision says "
+            "which, if there are several)"
         )
 
 

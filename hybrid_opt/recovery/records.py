@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybrid_opt.engines.checksums import weights_digest
 from hybrid_opt.engines.contract import Engine, whole_shape
 from hybrid_opt.estimators.contract import Estimate, Estimator, WeightedSum, innermost, prepared
 from hybrid_opt.estimators.probing import NoiseSum
@@ -81,10 +82,16 @@ def digest_of(owners: Mapping[str, Collection[str]]) -> str:
     return hashlib.blake2b(json.dumps([[k, list(v)] for k, v in owners.items()]).encode(), digest_size=4).hexdigest()
 
 
-def parameters_digest(engine: Engine) -> str:
-    """16 hexadecimal digits for the names, shapes and order of the parameters that a ledger's places stand for."""
+def description_of(engine: Engine, start_is_known: bool = True) -> dict[str, Any]:
+    """What must be the same of a model to take recorded steps with it: its parameters, for which records have places, and its weights,
+    as far as this rank has them (none if nobody can say what they are at the start)."""
     described = [[name, list(whole_shape(p))] for name, p in engine.parameters.items()]
-    return hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
+    parameters = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
+    return {
+        "parameters": parameters,
+        "layout": engine.layout(),
+        "weights": weights_digest(engine) if start_is_known else None,
+    }
 
 
 def _rounded(replay: Replay) -> Replay:

@@ -70,7 +70,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     refuse_missing_packages(run.report_to)
     if resume:
         refuse_changes(folder.read_config(), run)
-    model_config = _with_engine_dtype(run)
+    model_config = with_engine_dtype(run)
     splits = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
     objective, data = _objective(run.objective, run.data, tokenizer)
@@ -112,7 +112,7 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     return trainer
 
 
-def _with_engine_dtype(run: RunFile) -> Model:
+def with_engine_dtype(run: RunFile) -> Model:
     """The model's section with the dtype that the engine's settings ask for, which may have it from a DeepSpeed file."""
     if not isinstance(run.engine, ZeroEngine):
         refuse_many_processes()

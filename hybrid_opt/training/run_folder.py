@@ -10,6 +10,7 @@
     summary.json        before, after, and what each estimator contributed
     curves.png          loss against steps and seconds
     model/              the final model, as transformers loads it
+    replayed/, export/  what `hybrid-opt replay` and `hybrid-opt export` made
     report.*            what `hybrid-opt report` made of the others
 
 One idea: a folder is only ever written to by a run that began with it empty, unless the user says otherwise.
@@ -40,6 +41,8 @@ CONTENTS = (
     "curves.png",
     "model",
     "adapter",
+    "replayed",
+    "export",
     *REPORTS,
 )
 

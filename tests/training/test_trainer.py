@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
-from hybrid_opt.engines.ranks import Ranks
-from hybrid_opt.recovery.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import checkpoints
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
 
@@ -47,7 +46,7 @@ def test_a_run_leaves_everything_that_is_promised(write_run, tmp_path):
     summary = train(write_run(**LM, training=training, schedule=ALTERNATE))
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "curves.png", "evaluations.jsonl", "machine.json", "metrics.jsonl", "model", "run.yaml", "summary.json",
+        "curves.png", "evaluations.jsonl", "ledger.jsonl", "machine.json", "metrics.jsonl", "model", "run.yaml", "summary.json",
     ]  # fmt: skip
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
     assert [row["estimators"] for row in metrics] == [["es"], ["backprop"], ["backprop"]] * 2
@@ -306,22 +305,6 @@ def test_the_resolved_file_repeats_the_run(write_run, tmp_path):
     train(saved, f"output={tmp_path / 'again'}")
     one, two = final_weights(tmp_path / "out"), final_weights(tmp_path / "again")
     assert all(torch.equal(one[name], two[name]) for name in one)
-
-
-def test_a_checkpoint_is_replaced_only_by_a_complete_one(tmp_path, monkeypatch):
-    state = {"a": {"w.x/y": torch.arange(3.0)}, "b": {"n": 3, "none": None, "empty": {}, "list": [1, "two"]}}
-    save_checkpoint(tmp_path, 1, Ranks(), lambda place: state)
-    monkeypatch.setattr("hybrid_opt.recovery.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        save_checkpoint(tmp_path, 2, Ranks(), lambda place: state)
-    (newest,) = checkpoints(tmp_path)
-    assert newest.name == "step-00000001"
-    loaded = load_checkpoint(newest)
-    assert torch.equal(loaded["a"]["w.x/y"], torch.arange(3.0))
-    assert loaded["b"] == state["b"]
-    (newest / "rank-0/tensors.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match="checkpoint cannot be read"):
-        load_checkpoint(newest)
 
 
 @pytest.mark.parametrize(
