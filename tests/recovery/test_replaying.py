@@ -25,8 +25,8 @@ TURNS = {
 TRAINING = {"steps": 5, "batch_size": 2, "probe_rows": 0}
 
 
-def train(path):
-    return build(load_run(path), display=Silence()).train()
+def train(path, *overrides):
+    return build(load_run(path, overrides), display=Silence()).train()
 
 
 def weights(model) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_an_export_is_the_model(run, tmp_path):
 
 def test_an_export_is_a_model_to_train(run, tmp_path, write_run):
     export(run, tmp_path / "ship")
-    summary = train(write_run(model={"name": str(tmp_path / "ship")}, training=TRAINING, output=str(tmp_path / "more")))
+    summary = train(write_run(model={"name": str(tmp_path / "ship")}, training=TRAINING), f"output={tmp_path / 'more'}")
     first = json.loads((run / "evaluations.jsonl").read_text().splitlines()[-1])
     assert summary.before["loss"] == first["loss"]
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_exported_or_replayed(run, tmp_path, write_run):
         replay(tmp_path / "empty")
     with pytest.raises(UserError, match="no way leads to step 9; reached are 0 to 5"):
         replay(run, 9)
-    train(write_run(schedule=TURNS, training=TRAINING, output=str(tmp_path / "turns")))
+    train(write_run(schedule=TURNS, training=TRAINING), f"output={tmp_path / 'turns'}")
     with pytest.raises(UserError, match="step 2 is not in it, so base model and ledger do not give the final weights"):
         export(tmp_path / "turns", tmp_path / "other")
     export(run, tmp_path / "ship")
