@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hybrid_opt.scheduling.schedule import Schedule
     from hybrid_opt.scheduling.signals import Signals
     from hybrid_opt.training.build import build
-    from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
+    from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
+    from hybrid_opt.training.step_report import StepReport
     from hybrid_opt.training.summary import Summary
     from hybrid_opt.training.trainer import Trainer
 
@@ -49,7 +50,8 @@ _HOMES = {
     "scheduling.schedule": ("Schedule",),
     "scheduling.signals": ("Signals",),
     "training.build": ("build",),
-    "training.hybrid_optimizer": ("HybridOptimizer", "StepReport"),
+    "training.hybrid_optimizer": ("HybridOptimizer",),
+    "training.step_report": ("StepReport",),
     "training.summary": ("Summary",),
     "training.trainer": ("Trainer",),
 }

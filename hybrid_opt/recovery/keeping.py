@@ -24,8 +24,9 @@ from hybrid_opt.recovery.ledger import Ledger, read_steps
 from hybrid_opt.recovery.records import description_of
 
 if TYPE_CHECKING:
-    from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
+    from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
     from hybrid_opt.training.run_folder import RunFolder
+    from hybrid_opt.training.step_report import StepReport
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,31 +36,7 @@ from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What happened in a step."""
-
-    step: int
-    """Number of the step, from 0."""
-    weights: dict[str, float]
-    """The plan: weight of each estimator that acted."""
-    costs: dict[str, Cost]
-    """What each estimate took and saw."""
-    learning_rates: dict[str, float]
-    """Learning rate of each estimator that acted."""
-    loss: float | None
-    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
-    evaluated, or only what estimators minimise instead."""
-    tokens: int
-    """Tokens that forward passes processed."""
-    seconds: float
-    """Duration."""
-    part_seconds: dict[str, float]
-    """Duration of each estimate, and of an even part of the rest."""
-    record: Record | None
-    """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
+from hybrid_opt.training.step_report import StepReport, loss_of
 
 
 class HybridOptimizer:
@@ -167,7 +143,7 @@ class HybridOptimizer:
             weights=plan,
             costs=costs,
             learning_rates=rates,
-            loss=_loss(cost for name, cost in costs.items() if name not in self.objectives),
+            loss=loss_of(cost for name, cost in costs.items() if name not in self.objectives),
             tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
@@ -339,12 +315,6 @@ class HybridOptimizer:
                     f"schedule: {name!r} is {self.config.estimators[name].type}, but the objective has no gradient; use a schedule of es alone, or give "
                     f"{name!r} an objective of its own (objectives)"
                 )
-
-
-def _loss(costs: Iterable[Cost]) -> float | None:
-    """The loss of the part that says most of the weights themselves, which is backprop's."""
-    evaluated = [cost for cost in costs if cost.loss is not None]
-    return max(evaluated, key=lambda cost: cost.backwards).loss if evaluated else None
 
 
 def _refuse_not_finite(cost: Cost) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from typing import Any
 
 from hybrid_opt.scheduling.signals import Signals
-from hybrid_opt.training.hybrid_optimizer import StepReport
+from hybrid_opt.training.step_report import StepReport
 
 TOTALS = ("seconds", "tokens", "forward_equivalents")
 """What an evaluation's line says beside its measures: what the steps have taken until then."""
