@@ -146,7 +146,7 @@ class Training(Strict):
     """When all weights and the optimizer's state are saved after steps that the ledger cannot bring back, those of backprop,
     stale_gradient and guided: only in a `checkpoint` that is due; at each `switch` to estimators that the ledger does hold; or after so
     many such steps, 1 being every one. Any but `checkpoint` also leaves the latest snapshots in the folder of a finished run."""
-    replay_at_most: NonNegativeInt = 1000
+    replay_at_most: NonNegativeInt = 100
     """Most steps since the last snapshot that `--resume` takes again from the ledger, without evaluating anything; up to there a
     checkpoint holds no weights and takes kilobytes. 0: every checkpoint holds them."""
     save_model: bool = True

@@ -35,7 +35,7 @@ class Keeping:
 
     keep_checkpoints: int = 2
     snapshots: Literal["checkpoint", "switch"] | int = "checkpoint"
-    replay_at_most: int = 1000
+    replay_at_most: int = 100
 
 
 class Keeper:

@@ -380,6 +380,12 @@ def test_going_on_from_a_checkpoint_is_going_on(results, stage, name):
     assert results(2, "resumed")[f"{name} {stage}"] == {"losses": 0.0, "weights": 0.0}
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", ["es", "after backprop"])
+def test_recorded_steps_are_taken_again_bitwise(results, stage, name):
+    assert results(2, "taken_again_from_records")[f"{name} {stage}"] == 0.0
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_rounding_at_random_goes_on_alike_after_a_checkpoint(results, stage):
     found = results(2, "resumed")[f"bf16 by groups, rounded at random {stage}"]

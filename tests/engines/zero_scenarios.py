@@ -857,6 +857,32 @@ def resumed(folder):
 
 
 @scenario(2)
+def taken_again_from_records(folder):
+    """ES steps between backprop steps, from the weights and the state before them; the last one evaluated by itself."""
+    result = {}
+    adam = {**ES, "update": {"type": "adam"}, "learning_rate": 0.005}
+    turns = {"type": "alternate", "pattern": {"backprop": 1, "es": 4}}
+    cases = {"es": (schedule_file(ONLY_ES, es=adam), 0), "after backprop": (schedule_file(turns, es=adam), 1)}
+    for name, (file, at) in cases.items():
+        for stage in STAGES:
+            place = folder / f"{name}-{stage}"
+            first = Run(file, zero(stage), steps=4).take(at)
+            ranks = first.engine.ranks
+            saved = save_checkpoint(place, at, ranks, lambda p, run=first: run.optimizer.state_dict(p / "engine"))
+            records = [first.optimizer.step(first.batch(step)).record for step in range(at, 4)]
+            documents = [json.loads(json.dumps(record.document(first.engine))) for record in records]
+            first.engine.leave()
+            second = Run(file, zero(stage), steps=4)
+            second.optimizer.load_state_dict(load_checkpoint(saved, ranks.rank), saved / "engine")
+            for document in documents[:-1]:
+                second.optimizer.replay(document)
+            second.take(1)
+            second.engine.leave()
+            result[f"{name} {stage}"] = difference(second.weights(), first.weights())
+    return result
+
+
+@scenario(2)
 def resumed_with_groups_that_never_acted(folder):
     """Saved after the first phase: the MLPs' group has no moments yet."""
     result = {}

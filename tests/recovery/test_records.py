@@ -4,7 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional
 
+from hybrid_opt.engines.ranks import Ranks
+from hybrid_opt.errors import UserError
+from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from tests.conftest import tiny_model, token_batch, token_losses
 
@@ -63,14 +68,65 @@ def documents_of(optimizer: HybridOptimizer, steps: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
-def test_records_bring_back_every_bit(kind):
+def test_records_bring_back_every_bit(kind, tmp_path):
+    """Of the weights alone, and with what else the next step depends on, which a light checkpoint holds."""
     trained = optimizer_of(ESTIMATORS[kind])
-    documents = documents_of(trained, 5)
-    again = optimizer_of(ESTIMATORS[kind])
-    start = weights_of(again)
+    documents = documents_of(trained, 3)
+    light = save_checkpoint(tmp_path, 3, Ranks(), lambda place: trained.state_dict(weights=False), base=0)
+    resumed = optimizer_of(ESTIMATORS[kind])
+    start = weights_of(resumed)
     for document in documents:
-        again.replay(document)
-    assert again.signals.step == 5
+        resumed.replay(document)
+    resumed.load_state_dict(load_checkpoint(light))
+    documents += documents_of(trained, 3)
+    documents_of(resumed, 3)
+    replayed = optimizer_of(ESTIMATORS[kind])
+    for document in documents:
+        replayed.replay(document)
+    assert replayed.signals.step == 6
     for name, weights in weights_of(trained).items():
-        assert torch.equal(weights_of(again)[name], weights), name
-    assert any(not torch.equal(start[name], weights) for name, weights in weights_of(again).items())
+        assert torch.equal(weights_of(replayed)[name], weights), name
+        assert torch.equal(weights_of(resumed)[name], weights), name
+    assert any(not torch.equal(start[name], weights) for name, weights in weights_of(trained).items())
+
+
+@pytest.mark.filterwarnings("ignore:these parameters")
+def test_a_parameter_that_was_not_perturbed_low_rank_is_remembered_as_such():
+    """Which one that is only an evaluation shows, and a replay makes none."""
+
+    class Borrows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return functional.linear(self.one(x), self.two.weight)
+
+    estimators = {"own": {**SPSA, "perturbation": {"type": "low_rank", "otherwise": "dense"}}}
+    schedule = {"estimators": estimators, "schedule": {"type": "single", "estimator": "own"}}
+
+    def optimizer() -> HybridOptimizer:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return HybridOptimizer(Borrows(), lambda m, batch: m(batch["x"]).square().mean(1), schedule=schedule)
+
+    trained, again = optimizer(), optimizer()
+    for _ in range(2):
+        document = trained.step({"x": torch.eye(4)}).record.document(trained.engine)
+        assert document["parts"][0]["sums"][0]["exceptions"] == {"two.weight": "dense", "two.bias": "dense"}
+        again.replay(document)
+    assert all(torch.equal(weights_of(again)[name], w) for name, w in weights_of(trained).items())
+
+
+def test_records_of_another_policy_are_refused():
+    (document,) = documents_of(optimizer_of(ES), 1)
+    other = optimizer_of(ES, policy=[{"match": "embed", "use": "frozen"}, {"match": ".*", "use": ["own"]}])
+    with pytest.raises(UserError, match="step 0 of the ledger was taken under another policy"):
+        other.replay(document)
+
+
+def test_what_does_not_draw_noise_has_no_record():
+    blend = {"type": "blend", "weights": {"own": 0.5, "backprop": 1.0}}
+    estimators = {"own": ES, "backprop": {"type": "backprop", "learning_rate": 1e-3}}
+    optimizer = HybridOptimizer(tiny_model(), token_losses, schedule={"estimators": estimators, "schedule": blend})
+    assert optimizer.step(token_batch()).record is None

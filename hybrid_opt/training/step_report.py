@@ -1,0 +1,38 @@
+"""What a step tells of itself. Next: `trainer.py`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hybrid_opt.estimators.contract import Cost
+from hybrid_opt.recovery.records import Record
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in a step."""
+
+    step: int
+    """Number of the step, from 0."""
+    weights: dict[str, float]
+    """The plan: weight of each estimator that acted."""
+    costs: dict[str, Cost]
+    """What each estimate took and saw."""
+    learning_rates: dict[str, float]
+    """Learning rate of each estimator that acted."""
+    loss: float | None
+    """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
+    evaluated, or only what estimators minimise instead."""
+    tokens: int
+    """Tokens that forward passes processed."""
+    seconds: float
+    """Duration."""
+    part_seconds: dict[str, float]
+    """Duration of each estimate, and of an even part of the rest."""
+    record: Record | None
+    """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
+
+
+def loss_of(costs: Iterable[Cost]) -> float | None:
+    """The loss of the part that says most of the weights themselves, which is backprop's."""
+    evaluated = [cost for cost in costs if cost.loss is not None]
+    return max(evaluated, key=lambda cost: cost.backwards).loss if evaluated else None
