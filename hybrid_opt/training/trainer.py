@@ -19,6 +19,7 @@ from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
+from hybrid_opt.objectives.generators import put_back, random_state
 from hybrid_opt.recovery.keeping import Keeper, Keeping
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.curves import draw_curves
@@ -315,6 +316,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(checkpoint / "engine", weights=weights),
             "attribution": self.attribution.state_dict(),
             "before": self.before,
+            "random": random_state(self.optimizer.engine.device),
         }
 
     def _saved_after(self, error: UserError) -> str:
@@ -326,6 +328,7 @@ class Trainer:
         state = self.keeper.load()
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]
+        put_back(state["random"], self.optimizer.engine.device)
         if self.records:
             self.folder.drop_after(self.optimizer.signals.step)
         self.ranks.wait()

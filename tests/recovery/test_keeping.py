@@ -1,5 +1,8 @@
 """A run that keeps ledger and checkpoints: what is written when, and going back where something is damaged."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
@@ -30,10 +33,10 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
-def trainer_of(folder, schedule, *, steps=10, display=None, config=True, **options) -> Trainer:
+def trainer_of(folder, schedule, *, losses=token_losses, steps=10, display=None, config=True, **options) -> Trainer:
     return Trainer(
         tiny_model(),
-        token_losses,
+        losses,
         [token_batch()],
         schedule=schedule,
         steps=steps,
@@ -157,3 +160,22 @@ def test_a_finished_run_leaves_snapshots_only_if_they_were_asked_for(tmp_path):
     assert not (tmp_path / "a/checkpoints").exists()
     trainer_of(tmp_path / "b", TURNS, checkpoint_every=3, keeping=Keeping(snapshots="switch")).train()
     assert kinds(tmp_path / "b") == {7: 7}
+
+
+def noisy_losses(model, batch):
+    losses = token_losses(model, batch)
+    return losses * (torch.rand(len(losses)) + random.random() + np.random.rand())
+
+
+def test_an_objective_that_draws_from_the_libraries_generators_goes_on_alike(tmp_path):
+    def seed():
+        torch.manual_seed(1)
+        random.seed(2)
+        np.random.seed(3)
+
+    seed()
+    expected = uninterrupted(tmp_path, TURNS, losses=noisy_losses, checkpoint_every=3)
+    seed()
+    run_until(trainer_of(tmp_path / "out", TURNS, losses=noisy_losses, checkpoint_every=3), 6)
+    torch.rand(7), random.random(), np.random.rand(5)
+    assert_resumes_to(expected, tmp_path / "out", TURNS, losses=noisy_losses, checkpoint_every=3)
