@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from pydantic import ValidationError
 
 from hybrid_opt.engines.checksums import weights_digest
 from hybrid_opt.engines.contract import Engine, whole_shape
+from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Estimate, Estimator, WeightedSum, innermost, prepared
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.estimators.replay import Replay, replays_of
 from hybrid_opt.noise.keys import StepKey
+from hybrid_opt.recovery.documents import PartOfStep, RecordedStep
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Record:
     parts: Sequence[Part]
 
     def document(self, engine: Engine) -> dict[str, Any]:
-        """The record in plain values. Parameters are given by their places in the engine's order, `[first, end]` of each run."""
+        """The record in plain values, as `RecordedStep` describes them."""
         places = {name: i for i, name in enumerate(engine.parameters)}
         return {"step": self.step, "policy": self.policy, "parts": [_plain_part(part, places) for part in self.parts]}
 
@@ -68,13 +70,23 @@ class Record:
         """The record that gave a document, its noise made ready at the present weights, which must be those that it was taken at.
 
         All ranks together. What estimators decide from the weights before they evaluate (masks, scales) is decided anew.
+
+        Raises:
+            UserError: the document is not as it must be, or names estimators or parameters that there are not.
         """
-        names, step = list(engine.parameters), document["step"]
-        parts = [
-            _restored_part(part, estimators[part["estimator"]], engine, names, StepKey(seed, step, part["estimator"]))
-            for part in document["parts"]
-        ]
-        return cls(step, document["policy"], parts)
+        try:
+            recorded = RecordedStep.model_validate(document)
+            names = list(engine.parameters)
+            parts = [
+                _restored_part(
+                    part, estimators[part.estimator], engine, names, StepKey(seed, recorded.step, part.estimator)
+                )
+                for part in recorded.parts
+            ]
+        except (ValidationError, KeyError, IndexError, AttributeError) as error:
+            problem = " ".join(str(error).split())[:200]
+            raise UserError(f"step {document.get('step')} of the ledger does not suit this run: {problem}") from None
+        return cls(recorded.step, recorded.policy, parts)
 
 
 def digest_of(owners: Mapping[str, Collection[str]]) -> str:
@@ -124,28 +136,21 @@ def _plain_sum(replay: Replay, part: Part, places: Mapping[str, int]) -> dict[st
     return plain | ({"exceptions": exceptions} if exceptions else {})
 
 
-def _restored_part(
-    part: Mapping[str, Any], estimator: Estimator, engine: Engine, names: Sequence[str], key: StepKey
-) -> Part:
-    own = _names(part["parameters"], names)
+def _restored_part(part: PartOfStep, estimator: Estimator, engine: Engine, names: Sequence[str], key: StepKey) -> Part:
+    own = _names(part.parameters, names)
     prepared(estimator, engine, own, key)
     perturbation = innermost(estimator).perturbation
     sums = []
-    for plain in part["sums"]:
-        origin = StepKey(*plain["origin"])
-        perturbation.exceptions = plain.get("exceptions", {})
+    for plain in part.sums:
+        perturbation.exceptions = plain.exceptions
         state = {
-            "origin": plain["origin"],
-            "keys": [_absolute(text, origin.text) for text in plain["keys"]],
-            "coefficients": _coefficients(plain["coefficients"]),
-            "names": _names(plain.get("parameters", part["parameters"]), names),
+            "origin": plain.origin,
+            "keys": [_absolute(text, StepKey(*plain.origin).text) for text in plain.keys],
+            "coefficients": torch.from_numpy(np.frombuffer(plain.coefficients, dtype="<f4").astype(np.float64)),
+            "names": _names(plain.parameters or part.parameters, names),
         }
         sums.append(Replay.from_state(state, perturbation, engine))
-    return Part(part["estimator"], part["weight"], part["learning_rate"], own, sums)
-
-
-def _coefficients(text: str) -> Tensor:
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float64))
+    return Part(part.estimator, part.weight, part.learning_rate, own, sums)
 
 
 def _relative(text: str, origin: str) -> str:

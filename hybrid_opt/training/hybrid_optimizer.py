@@ -222,9 +222,9 @@ class HybridOptimizer:
         Raises:
             UserError: another policy than the run's.
         """
-        if document["policy"] not in self.policy_digests.values():
+        if document.get("policy") not in self.policy_digests.values():
             raise UserError(
-                f"step {document['step']} of the ledger was taken under another policy than this schedule's; use the run's own run.yaml"
+                f"step {document.get('step')} of the ledger was taken under another policy than this schedule's; use the run's own run.yaml"
             )
         record = Record.restored(document, self.estimators, self.engine, self.seed)
         parts = [

@@ -125,6 +125,31 @@ def test_records_of_another_policy_are_refused():
         other.replay(document)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (["parts", 0, "sums", 0, "keys"], ["0,"], "1 keys have 12 bytes of coefficients"),
+        (["parts", 0, "sums", 0, "coefficients"], "no base64!", "coefficients"),
+        (["parts", 0, "estimator"], "other", "'other'"),
+        (["parts", 0, "parameters"], [[0, 10**9]], "list index out of range"),
+        (["parts", 0, "learning_rate"], "fast", "learning_rate"),
+        (["parts"], None, "parts"),
+    ],
+)
+def test_a_made_up_record_is_refused(place, value, message):
+    optimizer = optimizer_of(ES)
+    (document,) = documents_of(optimizer, 1)
+    *way, last = place
+    inner = document
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    before = weights_of(optimizer)
+    with pytest.raises(UserError, match=rf"step 0 of the ledger does not suit this run: .*{message}"):
+        optimizer.replay(document)
+    assert all(torch.equal(before[name], weights) for name, weights in weights_of(optimizer).items())
+
+
 def test_what_does_not_draw_noise_has_no_record():
     blend = {"type": "blend", "weights": {"own": 0.5, "backprop": 1.0}}
     estimators = {"own": ES, "backprop": {"type": "backprop", "learning_rate": 1e-3}}
