@@ -25,7 +25,7 @@ def replay(
 ) -> None:
     """Make the model after any step of a run again from its ledger, without evaluating anything."""
     place = output or run / "replayed"
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    if rank() == 0 and place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise UserError(f"{place}: it is there already; choose a new folder with --output")
     quiet()
     from rich.console import Console
@@ -40,6 +40,7 @@ def replay(
         found = replay_run(run, to_step, say=status.update)
     place.mkdir(parents=True, exist_ok=True)
     save_model(found.optimizer.engine, load_tokenizer(read_run(run).model), place)
+    found.optimizer.engine.leave()
     start = f"the snapshot of step {found.base}" if found.base else "the model at the start"
     console.print(
         f"step {found.step}: {start} and {found.step - found.base} steps of the ledger", highlight=False, soft_wrap=True
