@@ -17,6 +17,7 @@ from hybrid_opt.recovery.checkpoint import (
     load_checkpoint,
     remove_checkpoints,
     save_checkpoint,
+    set_aside,
     step_of,
     verified,
 )
@@ -174,6 +175,8 @@ class Keeper:
             raise UserError(
                 f"output: {self.folder.path} has no checkpoint that is whole ({problem}); start anew with --overwrite, or bring back a copy"
             )
+        for damaged in found[:chosen] if self.ranks.rank == 0 else ():
+            set_aside(damaged)
         return found[chosen]
 
     def _verify(self, checkpoint: Path) -> None:

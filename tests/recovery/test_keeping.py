@@ -122,7 +122,12 @@ def test_where_the_newest_is_damaged_the_one_before_is_used_and_said(tmp_path, d
         file = {"state": "rank-0/values.json", "manifest": "manifest.json"}[damage]
         (folder / "checkpoints/step-00000006" / file).write_bytes(b"[]")
     display = Lines()
-    assert_resumes_to(expected, folder, ALONE, checkpoint_every=3, display=display)
+    run_until(trainer_of(folder, ALONE, resume=True, checkpoint_every=3, display=display), 5)
+    assert sorted(place.name for place in (folder / "checkpoints").iterdir()) == [
+        "damaged-step-00000006",
+        "step-00000003",
+    ]
+    assert_resumes_to(expected, folder, ALONE, checkpoint_every=3)
     (said,) = [line for line in display.lines if "damaged" in line]
     assert said.startswith("step-00000006 is damaged (")
     assert said.endswith("), going back to step-00000003")
