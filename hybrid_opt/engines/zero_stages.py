@@ -4,7 +4,7 @@ One idea: stages differ only in where things lie, so they are two implementation
 that knows DeepSpeed's inner structures. They are checked when the engine starts, because some are not documented.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -183,17 +183,3 @@ def _require(thing: Any, *attributes: str) -> None:
                 f"engine: this version of DeepSpeed has no {type(thing).__name__}.{name}, which ES steps need to write "
                 "weights; install deepspeed==0.19.8, or write engine: {type: local}"
             )
-
-
-def checksums(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A number for the bits of each parameter that is whole here, (parameters,) int64; 0 for one that is not."""
-
-    def checksum(p: nn.Parameter) -> Tensor:
-        bits = p.data.contiguous().view(-1).view(torch.int32 if p.element_size() == 4 else torch.int16)
-        place = (
-            torch.arange(1, len(bits) + 1, device=bits.device) % 8191
-        )  # so that exchanged values do not go unnoticed
-        return (bits.long() * place).sum()
-
-    zero = torch.zeros((), dtype=torch.int64)
-    return torch.stack([checksum(p).cpu() if p.shape == whole_shape(p) else zero for p in parameters])
