@@ -9,7 +9,11 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """A loss is no longer finite; every process of a run finds that at the same step."""
+    """A loss or a weight is no longer finite, or a loss rises; every process of a run finds that at the same step."""
+
+
+class DriftError(UserError):
+    """Weights have changed outside an update; every process of a run finds that at the same step."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

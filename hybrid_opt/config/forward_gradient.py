@@ -5,7 +5,7 @@ from math import prod
 from typing import ClassVar, Literal
 
 from hybrid_opt.config.steps import DirectStep
-from hybrid_opt.config.strict import PositiveInt
+from hybrid_opt.config.strict import PositiveInt, Share
 from hybrid_opt.config.wrappers import RelativeSigma, Wrapper
 
 
@@ -25,6 +25,8 @@ class ForwardGradient(DirectStep):
     """As that of dense noise; the last two draw it once more a step."""
     micro_batch_size: PositiveInt | None = None
     """Most examples in a forward pass; null: all."""
+    max_nonfinite: Share = 0.5
+    """A step is skipped in which a larger share of the slopes is not finite; below that these count as 0."""
 
     def unsuited(self, wrapper: Wrapper) -> str:
         """See `DirectStep.unsuited`."""

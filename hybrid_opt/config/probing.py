@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
-from hybrid_opt.config.strict import Number, PositiveFloat, PositiveInt
+from hybrid_opt.config.strict import Number, PositiveFloat, PositiveInt, Share
 from hybrid_opt.config.wrappers import RelativeSigma, SparseMask, Wrapper
 
 
@@ -31,6 +31,9 @@ class Probing(DirectStep):
     examples_per_step: PositiveInt | None = None
     """Examples that a member sees, drawn from the step's batch without replacement; null: all of it (with
     distinct_examples an even share)."""
+    max_nonfinite: Share = 0.5
+    """A step is skipped in which a larger share of the members has a loss that is not finite. Below that such a member is the worst of
+    the step where members are ranked or standardized, and where their losses make slopes it and its partner count for nothing."""
 
     @property
     def directions_from_keys(self) -> bool:
@@ -101,6 +104,13 @@ class EvolutionStrategy(Probing):
                 "on the losses); write 6 or more, or fitness_shaping: none"
             )
         return self
+
+    @property
+    def ranks_members(self) -> bool:
+        """Whether members' losses only place them among each other, on the same examples, so that one which is not finite is simply the
+        worst. Elsewhere the largest loss of others would be a slope that nobody has seen."""
+        is_relative = self.fitness_shaping in ("standardize", "centered_rank") or self.group_baseline == "standardize"
+        return is_relative and not self.distinct_examples
 
     @property
     def forwards(self) -> int:

@@ -24,5 +24,6 @@ NonNegativeInt = Annotated[int, Number, Field(ge=0)]
 PositiveFloat = Annotated[float, Number, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Number, Field(ge=0)]
 Fraction = Annotated[float, Number, Field(gt=0, lt=1)]
-Decay = Annotated[float, Number, Field(ge=0, lt=1)]
+Share = Annotated[float, Number, Field(ge=0, lt=1)]
+Decay = Share
 Text = Annotated[str, Field(min_length=1)]

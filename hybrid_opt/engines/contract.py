@@ -93,6 +93,11 @@ class Engine(Protocol):
         """Whether no weight that may move is infinite or NaN, on any rank."""
         ...
 
+    def forward_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What forward passes compute with, as far as this rank keeps it: names and values of all the model's parameters, frozen ones
+        too, always in the same order."""
+        ...
+
     def whole_weights(self) -> dict[str, Tensor] | None:
         """On rank 0 the model's state dict with every parameter whole; None on other ranks."""
         ...

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Contribution, Shard
 from hybrid_opt.engines.direct import moved_directly, update_directly
+from hybrid_opt.engines.inspection import first_nonfinite
 from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
@@ -154,7 +155,11 @@ class LocalEngine:
 
     def is_finite(self) -> bool:
         """See `Engine.is_finite`."""
-        return all(bool(master.isfinite().all()) for master in self.masters.values())
+        return first_nonfinite((name, master.data) for name, master in self.masters.items()) is None
+
+    def forward_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.forward_weights`: all of it."""
+        return ((name, p.data) for name, p in self.model.named_parameters())
 
     def whole_weights(self) -> dict[str, Tensor]:
         """See `Engine.whole_weights`."""

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from hybrid_opt.config.engines import ZeroEngine as ZeroEngineConfig
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.engines.checksums import checksums
 from hybrid_opt.engines.contract import Contribution, Shard, is_spread, whole_shape
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.direct import moved_directly, update_directly
 from hybrid_opt.engines.idle_state import IdleState
+from hybrid_opt.engines.inspection import checksum, first_nonfinite
 from hybrid_opt.engines.master_weights import MasterWeights
+from hybrid_opt.engines.phase_groups import groups_of, let_groups_rest
 from hybrid_opt.engines.rank_loss import watch
 from hybrid_opt.engines.ranks import TIMEOUT, Ranks, free_port
 from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
@@ -115,7 +116,7 @@ class ZeroEngine:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.movable = [name for name in self.parameters if name in movable]
         self.owned = set().union(*owned)
-        self.groups = _groups(owned, list(self.parameters))
+        self.groups = groups_of(owned, list(self.parameters))
         self.independent_forwards = config.zero_stage < 3 or self.ranks.world_size == 1
         for name, p in self.parameters.items():
             p.requires_grad_(name in self.owned)
@@ -199,7 +200,8 @@ class ZeroEngine:
         if self.ranks.world_size == 1:
             return
         named = dict(self.model.named_parameters())
-        own = torch.cat([torch.tensor([self.seed, step]), checksums(named.values())])
+        whole_here = [p.data if p.shape == whole_shape(p) else torch.zeros(0) for p in named.values()]
+        own = torch.tensor([self.seed, step, *(checksum(values).item() for values in whole_here)])
         everybody = self.ranks.gather(own)
         if (differs := (everybody != everybody[0]).nonzero()).numel():
             rank, place = differs[differs[:, 1].argmin()].tolist()
@@ -211,7 +213,15 @@ class ZeroEngine:
 
     def is_finite(self) -> bool:
         """See `Engine.is_finite`."""
-        return not self.ranks.any(not all(bool(s.data.isfinite().all()) for s in self.shards(self.movable)))
+        lost = first_nonfinite((shard.name, shard.data) for shard in self.shards(self.movable))
+        return not self.ranks.any(lost is not None)
+
+    def forward_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.forward_weights`; at stage 3 this rank's part, and small parameters, which are always whole, twice."""
+        for name, p in self.model.named_parameters():
+            yield name, self.stage.weights(p)[0]
+            if getattr(p, "ds_persist", False):
+                yield name, p.data
 
     @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor] | None:
@@ -281,7 +291,7 @@ class ZeroEngine:
                 )
             groups = [{"params": [self.parameters[name] for name in group]} for group in self.groups]
             optimizer = build_optimizer(backprop, groups)
-            _let_groups_rest(optimizer)
+            let_groups_rest(optimizer)
         config = settings.deepspeed(
             backprop or Backprop(type="backprop", learning_rate=1.0),
             dtype,
@@ -321,30 +331,3 @@ class ZeroEngine:
         for name, master in self.masters.items():
             self.stage.weights(self.parameters[name])[0].copy_(master)
         self.stage.refresh(masters)
-
-
-def _groups(owned: Sequence[Collection[str]], names: list[str]) -> list[list[str]]:
-    """Parameters that the same phases give to backprop; the optimizer lets a group rest in the phases that do not."""
-    groups: dict[tuple[bool, ...], list[str]] = {}
-    for name in names:
-        groups.setdefault(tuple(name in phase for phase in owned), []).append(name)
-    return [members for phases, members in groups.items() if any(phases)]
-
-
-def _let_groups_rest(optimizer: torch.optim.Optimizer) -> None:
-    """Hide the gradients of groups that rest from the optimizer's step, so that it leaves their weights and state alone."""
-    hidden: list[tuple[Tensor, Tensor | None]] = []
-
-    def hide(optimizer, args, kwargs):
-        for group in optimizer.param_groups:
-            for p in group["params"] if group.get("rests") else ():
-                hidden.append((p, p.grad))
-                p.grad = None
-
-    def show(optimizer, args, kwargs):
-        while hidden:
-            p, gradient = hidden.pop()
-            p.grad = gradient
-
-    optimizer.register_step_pre_hook(hide)
-    optimizer.register_step_post_hook(show)

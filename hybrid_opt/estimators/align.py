@@ -14,8 +14,7 @@ from hybrid_opt.config.align import Align
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.pairs import odd_and_even, pair_statistics
-from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, nothing, pairs_of
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.perturbations.build import build_perturbation
@@ -27,7 +26,8 @@ class AlignEstimator:
 
     For small sigma `s = Z grad`, and this is the orthogonal projection of the gradient onto the directions' span: the g of least norm that
     has these slopes. Directions that are isotropic give `MSE / |grad|^2 = 1 - q/n` and `E cos^2 = q/n`. With orthogonal directions of
-    length sqrt(n) it is `spsa`'s estimate times q/n. K is solved by Cholesky in float64.
+    length sqrt(n) it is `spsa`'s estimate times q/n. K is solved by Cholesky in float64. A direction along which a loss is not finite is left
+    out: the projection is onto the span of the others.
     """
 
     def __init__(self, config: Align):
@@ -50,10 +50,13 @@ class AlignEstimator:
         keys = [key.fold(j) for j in range(self.config.pairs)]
         perturbation = self.perturbation.ready(engine, names, keys, key)
         probed = Probe(self.config, engine, objective, batch, names, key)(perturbation, pairs_of(keys), together=2)
-        slopes = odd_and_even(probed.means)[0] / self.config.sigma
+        if probed.cost.is_empty:
+            return nothing(perturbation, keys), probed.cost
         # After the evaluation, which decides what noise each parameter gets.
         gram = inner_products(engine, names, [NoiseSum(perturbation, [k], torch.ones(1)) for k in keys])
         values = perturbation.dimension(engine, names)
-        coefficients = torch.cholesky_solve(slopes[:, None], cholesky(gram, values))[:, 0]
-        statistics = {**probed.cost.statistics, **pair_statistics(probed.means, self.config.sigma)}
+        coefficients, known = torch.zeros(len(keys), dtype=torch.float64), probed.known
+        slopes = probed.slopes(self.config.sigma)[known, None]
+        coefficients[known] = torch.cholesky_solve(slopes, cholesky(gram[known][:, known], values))[:, 0]
+        statistics = {**probed.cost.statistics, **probed.pair_statistics(self.config.sigma)}
         return NoiseSum(perturbation, keys, coefficients), replace(probed.cost, statistics=statistics)

@@ -59,7 +59,12 @@ class Cost:
     """How good the estimate may be: `snr`, `gradient_norm` (antithetic ES), `cosine` and `rho2` (where backprop acted too); with a
     reward also what was written, how many pairs were tied, ..."""
     is_empty: bool = False
-    """Whether all members were equally good, so that the estimate says nothing and is not applied."""
+    """Whether all members were equally good, or too many losses not finite, so that the estimate says nothing and is not applied."""
+
+    @property
+    def nonfinite_members(self) -> int:
+        """Members whose loss was not finite."""
+        return int(self.statistics.get("nonfinite_members", 0))
 
 
 class Estimator(Protocol):

@@ -17,7 +17,7 @@ from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.fitness import Fitness, fitness
 from hybrid_opt.estimators.pairs import pair_statistics
 from hybrid_opt.estimators.population import PopulationWatch
-from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, Probed, nothing, pairs_of
 from hybrid_opt.estimators.shaping import FITNESS_SHAPING
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
@@ -31,6 +31,9 @@ class EsEstimator:
     `g = 1/(N sigma) sum_i w_i s_i eps_i`, with w the shaped losses of the members and s their signs. With antithetic pairs
     and no shaping this is n-SPSA, `1/(2 q sigma) sum_j (L+_j - L-_j) eps_j` with q = N/2 pairs. With
     `divide_by_sigma=False` the factor is 1/N (EA4LLM, arXiv 2510.10603; ES at Scale, arXiv 2509.24372).
+
+    A member whose loss is not finite is the worst where members are ranked or scaled against each other (`ranks_members`); where their
+    losses themselves make the estimate, it and its partner count for nothing, and the others are shaped as if they were all.
     """
 
     def __init__(self, config: EvolutionStrategy):
@@ -56,25 +59,39 @@ class EsEstimator:
         members = pairs_of(keys) if self.config.antithetic else [Member(k, 1) for k in keys]
         perturbation = self.perturbation.ready(engine, names, keys, key)
         probed = Probe(self.config, engine, objective, batch, names, key)(perturbation, members, together)
-        found = fitness(probed.losses, probed.examples, self.config.group_baseline)
-        weights = FITNESS_SHAPING[self.config.fitness_shaping](found.values)
+        if probed.cost.is_empty:
+            return nothing(perturbation, keys), probed.cost
+        known = probed.known.repeat_interleave(together)
+        counts = torch.ones_like(known) if self.config.ranks_members else known
+        found = self._fitness(probed, counts)
+        weights = torch.zeros(len(members), dtype=torch.float64)
+        weights[counts] = FITNESS_SHAPING[self.config.fitness_shaping](found.values)
         # Both members of a pair have the same noise, so it need be generated only once.
         coefficients = self._coefficients(members, weights).view(-1, together).sum(dim=1)
-        statistics = {**probed.cost.statistics, **self._statistics(found, objective)}
+        statistics = {**probed.cost.statistics, **self._statistics(found, known[counts], objective)}
         return (
             NoiseSum(perturbation, keys, coefficients),
             replace(probed.cost, statistics=statistics, is_empty=found.is_flat),
         )
 
-    def _statistics(self, found: Fitness, objective: Objective) -> dict[str, float]:
+    def _fitness(self, probed: Probed, counts: Tensor) -> Fitness:
+        examples = None if probed.examples is None else probed.examples[counts]
+        return fitness(probed.losses[counts], examples, self.config.group_baseline)
+
+    def _statistics(self, found: Fitness, known: Tensor, objective: Objective) -> dict[str, float]:
+        """What the fitness tells.
+
+        Args:
+            known: which of its members belong to a direction of which all losses are known, bool.
+        """
         statistics = {}
         if found.is_flat or not objective.differentiable:
             statistics["skipped"] = int(found.is_flat)
         if self.config.group_baseline == "standardize":
             statistics["examples_left_out"] = found.left_out
         if self.config.antithetic:
-            statistics |= pair_statistics(found.values, self.config.sigma)
-            if not objective.differentiable:  # rewards are often equal
+            statistics |= pair_statistics(found.values[known], self.config.sigma)
+            if not objective.differentiable and known.all():  # rewards are often equal
                 statistics["tied_pairs"] = self.watch.see(found.values)
         return statistics
 

@@ -25,10 +25,17 @@ class Fitness:
         return bool((self.values == self.values[0]).all())
 
 
-def worst_for_missing(losses: Tensor) -> Tensor:
-    """The losses with the largest of them in place of NaN; 0 if there is no other."""
-    known = losses[~losses.isnan()]
-    return losses.nan_to_num(known.max().item() if len(known) else 0.0, posinf=torch.inf, neginf=-torch.inf)
+def worst_for_missing(losses: Tensor, missing: Tensor, *, by_example: bool = False) -> Tensor:
+    """The losses with the largest known one in place of those that are missing; 0 if none is known.
+
+    Args:
+        losses: (members, k), or of any shape if not by example.
+        missing: bool, of the same shape.
+        by_example: take the largest of each column, so that a member without any loss is compared on each example, and is the worst.
+    """
+    known = losses.masked_fill(missing, -torch.inf)
+    worst = known.amax(dim=0) if by_example else known.max()
+    return torch.where(missing, worst.masked_fill(worst.isneginf(), 0.0), losses)
 
 
 def fitness(losses: Tensor, examples: Tensor | None, group_baseline: str) -> Fitness:

@@ -6,6 +6,7 @@ that tangent with them. Nothing is recorded for a backward pass, so tangents liv
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hybrid_opt.engines.contract import Engine, is_spread
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.estimators.modes import training_mode
-from hybrid_opt.estimators.probing import NoiseSum
+from hybrid_opt.estimators.probing import NoiseSum, nothing
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples, count_tokens, select
 from hybrid_opt.perturbations.dense import DensePerturbation
@@ -37,7 +38,8 @@ class ForwardGradientEstimator:
     Without bias. For n weights `MSE / |g|^2` is (n + 1)/k with Gaussian tangents, (n - 1)/k with Rademacher or sphere, n/k - 1 with
     orthogonal ones. Dropout is off. A
     weight is found as an attribute of its module; a tied one has one tangent for all its places. The row of an embedding's
-    `padding_idx`, whose gradient torch's backward pass sets to zero, takes part with its true slope, as in ES.
+    `padding_idx`, whose gradient torch's backward pass sets to zero, takes part with its true slope, as in ES. A slope that is not finite
+    counts as 0.
     """
 
     def __init__(self, config: ForwardGradient):
@@ -66,7 +68,7 @@ class ForwardGradientEstimator:
 
         Raises:
             UserError: the objective has no gradient, or an operator of the model has no forward-mode derivative.
-            DivergedError: a loss or a slope is not finite.
+            DivergedError: the loss is not finite.
         """
         if not objective.differentiable:
             raise UserError("objective: it has no gradient, which forward_gradient needs; use spsa or es")
@@ -84,18 +86,24 @@ class ForwardGradientEstimator:
             ]
         found = torch.empty(len(keys), 2, dtype=torch.float64)
         found[torch.tensor(dealt)] = engine.ranks.gather(torch.tensor(mine, dtype=torch.float64))
-        if not found.isfinite().all():
-            raise DivergedError("the loss or its slope along a tangent is not finite; lower the learning rates")
         losses, slopes = found.unbind(1)
+        if not losses.isfinite().all():
+            raise DivergedError("the loss at the weights as they are is not finite; lower the learning rates")
+        known = slopes.isfinite()
+        lost = {} if known.all() else {"nonfinite_members": int((~known).sum())}
         cost = Cost(
             loss=losses.mean().item(),
             forwards=len(keys),
             backwards=0,
             forward_equivalents=DUAL_FORWARD * len(keys),
             tokens=len(keys) * count_tokens(batch),
-            statistics={"gradient_norm": slopes.square().mean().sqrt().item()},
+            statistics=lost,
         )
-        return NoiseSum(perturbation, keys, slopes / len(keys)), cost
+        if (~known).sum() > self.config.max_nonfinite * len(keys):
+            return nothing(perturbation, keys), replace(cost, statistics={**lost, "skipped": 1}, is_empty=True)
+        statistics = {**lost, "gradient_norm": slopes[known].square().mean().sqrt().item()}
+        estimate = NoiseSum(perturbation, keys, slopes.masked_fill(~known, 0.0) / len(keys))
+        return estimate, replace(cost, statistics=statistics)
 
     def _loss_and_slope(
         self,

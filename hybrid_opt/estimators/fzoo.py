@@ -14,7 +14,7 @@ from torch import Tensor
 from hybrid_opt.config.fzoo import Fzoo
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.probing import NoiseSum, Probe
+from hybrid_opt.estimators.probing import NoiseSum, Probe, nothing
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.perturbations.build import build_perturbation
@@ -38,7 +38,8 @@ class FzooEstimator:
 
     For a linear loss `E s^2 = sigma^2 |grad|^2`, so g is about a gradient of length 1 in its direction, and all of it has the length
     sqrt((n + N - 1)/N). With `reuse` half of the rises are those of the directions that the step before drew. They are rises above that
-    step's own L_0: losses on different examples differ by more than directions do. A `Remembers`.
+    step's own L_0: losses on different examples differ by more than directions do. A direction along which the loss is not finite counts
+    for nothing, neither in the sum, which is still divided by N, nor in s, and is not reused. A `Remembers`.
     """
 
     def __init__(self, config: Fzoo):
@@ -66,20 +67,29 @@ class FzooEstimator:
         perturbation = self.perturbation.ready(engine, names, keys, key)
         members = [*(Member(k, 1) for k in new), Member(new[-1], 0)]
         probed = Probe(self.config, engine, objective, batch, names, key)(perturbation, members)
-        losses = probed.means.double()
+        losses, known = probed.means.double(), probed.known[:-1]
+        if probed.cost.is_empty:
+            self.latest = Rises()
+            return nothing(perturbation, keys), replace(probed.cost, loss=losses[-1].item())
         found = losses[:-1] - losses[-1]
-        rises = torch.cat([before.values, found])
         if self.config.reuse:
-            half = self.config.population_size // 2
-            self.latest = Rises(moved, new[-half:], found[-half:])
+            kept = [i for i in range(len(new) - self.config.population_size // 2, len(new)) if known[i]]
+            self.latest = Rises(moved, [new[i] for i in kept], found[kept])
+        rises = torch.cat([before.values, found.masked_fill(~known, torch.nan)])
         return self._made_of(rises, NoiseSum(perturbation, keys, rises), probed.cost, losses[-1].item(), objective)
 
     def _made_of(
         self, rises: Tensor, noise: NoiseSum, cost: Cost, clean: float, objective: Objective
     ) -> tuple[NoiseSum, Cost]:
-        spread = rises.std().item()
-        is_flat = bool((rises == rises[0]).all())
-        coefficients = torch.zeros_like(rises) if is_flat else rises / (len(rises) * spread)
+        """The estimate and its cost.
+
+        Args:
+            rises: of each direction, NaN where it is not known.
+        """
+        known = rises[~rises.isnan()]
+        is_flat = bool((known == known[0]).all())
+        spread = 0.0 if is_flat else known.std().item()
+        coefficients = torch.zeros_like(rises) if is_flat else rises.nan_to_num(0.0) / (len(rises) * spread)
         statistics = {**cost.statistics, "gradient_norm": spread / self.config.sigma}
         if is_flat or not objective.differentiable:
             statistics["skipped"] = int(is_flat)

@@ -1,7 +1,7 @@
 """Losses at perturbed weights: what every estimator without a gradient begins with. Next: `fitness.py`, `es.py`.
 
-One idea: members are dealt out to ranks, evaluated and exchanged in one place; an estimator only says which members it wants and what it
-makes of their losses.
+One idea: members are dealt out to ranks, evaluated and exchanged in one place, and what becomes of losses that are not finite is decided
+there too; an estimator only says which members it wants and what it makes of their losses.
 """
 
 from collections.abc import Collection, Sequence
@@ -19,6 +19,7 @@ from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.estimators.contract import Cost, zeros_and
 from hybrid_opt.estimators.fitness import worst_for_missing
 from hybrid_opt.estimators.modes import training_mode
+from hybrid_opt.estimators.pairs import odd_and_even, pair_statistics
 from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import Generates, Objective, Tally, count_examples, count_tokens, select
 from hybrid_opt.perturbations.contract import Member, Perturbation
@@ -47,15 +48,27 @@ class Probed:
     """What an evaluation of members has shown."""
 
     losses: Tensor
-    """(members, k) float32 in main memory."""
+    """(members, k) float32 in main memory, all finite: a member whose mean loss is not has the largest of the others' on each example."""
+    known: Tensor
+    """Which directions were evaluated with finite losses alone, (directions,) bool."""
     examples: Tensor | None
     """Numbers of the examples that each member saw, (members, k) int64; None for a batch without tensors."""
     cost: Cost
+    """Empty if too many members' losses are not finite, so that nothing is to be made of the others."""
 
     @property
     def means(self) -> Tensor:
         """Mean loss of each member, (members,) float32."""
         return self.losses.mean(dim=1)
+
+    def slopes(self, sigma: float) -> Tensor:
+        """`(L+ - L-) / (2 sigma)` of each pair, (pairs,) float64; 0 for one that is not known, which so counts for nothing: the largest
+        loss in place of one that is not finite would be a slope that nobody has seen."""
+        return (odd_and_even(self.means)[0] / sigma).masked_fill(~self.known, 0.0)
+
+    def pair_statistics(self, sigma: float) -> dict[str, float]:
+        """See `pairs.pair_statistics`; of the pairs that are known."""
+        return pair_statistics(self.means.view(-1, 2)[self.known].flatten(), sigma)
 
 
 @dataclass(frozen=True)
@@ -75,11 +88,14 @@ class Probe:
     key: Key
 
     def __call__(self, perturbation: Perturbation, members: Sequence[Member], together: int = 1) -> Probed:
-        """Evaluate members; ranks deal them out, in runs of `together`, and exchange the losses.
+        """Evaluate members; ranks deal them out, in runs of `together`, which share a direction, and exchange the losses.
+
+        A missing reward counts as the worst of the evaluation, and so does a member whose mean loss is not finite; these are counted
+        (`nonfinite_members`).
 
         Raises:
-            UserError: a member's loss is not finite (a missing reward is not meant: it counts as the worst of the evaluation), or the
-                batch has too few examples.
+            DivergedError: the loss of a member that is not perturbed is not finite.
+            UserError: the batch has too few examples.
         """
         engine, objective = self.engine, self.objective
         examples = self._examples(len(members))
@@ -92,21 +108,30 @@ class Probe:
             found = perturbation.evaluate(engine, objective, batch, self.names, [members[i] for i in mine], own)
         losses = torch.empty(len(members), found.shape[1])
         losses[torch.tensor(dealt)] = engine.ranks.gather(found.cpu())
-        losses = worst_for_missing(losses) if generates else losses
+        losses = worst_for_missing(losses, losses.isnan()) if generates else losses
         means = losses.mean(dim=1)
-        self._check(means)
+        lost, perturbed = ~means.isfinite(), torch.tensor([member.sign != 0 for member in members])
+        if (lost & ~perturbed).any():
+            raise DivergedError("the loss at the weights as they are is not finite; lower the learning rates")
+        known, finite = ~lost.view(-1, together).any(dim=1), means[~lost]
         seen, written = observed(objective.tally, engine.ranks) if generates else ({}, 0)
-        reward = {"reward": 0.0 - means.mean().item()} if generates else {}
+        if generates and len(finite):
+            seen = {"reward": 0.0 - finite.mean().item()} | seen
+        if lost.any():
+            seen = seen | {"nonfinite_members": int(lost.sum())}
+        is_empty = bool(lost.sum() > self.config.max_nonfinite * perturbed.sum()) or not known.any()
         cost = Cost(
-            loss=means.mean().item(),
+            loss=finite.mean().item() if len(finite) else None,
             forwards=len(members),
             backwards=0,
             forward_equivalents=len(members) if examples is None else examples.numel() / count_examples(batch),
             tokens=_tokens(batch, examples, len(members)) + written,
-            loss_spread=means.std(correction=0).item(),
-            statistics=reward | seen,
+            loss_spread=finite.std(correction=0).item() if len(finite) else None,
+            statistics=seen | ({"skipped": 1} if is_empty else {}),
+            is_empty=is_empty,
         )
-        return Probed(losses, examples, cost)
+        losses = worst_for_missing(losses, lost[:, None].expand_as(losses), by_example=True)
+        return Probed(losses, known, examples, cost)
 
     def _examples(self, members: int) -> Tensor | None:
         """Numbers of the examples that each member sees, (members, k) int64; None for a batch without tensors.
@@ -133,13 +158,10 @@ class Probe:
         drawn = torch.from_numpy(order[: groups * each]).view(groups, each)
         return drawn.repeat_interleave(members // groups, dim=0)
 
-    def _check(self, losses: Tensor) -> None:
-        if not (finite := losses.isfinite()).all():
-            bad = int((~finite).sum())
-            raise DivergedError(
-                f"the loss of {bad} of {len(losses)} members is not finite; lower sigma ({self.config.sigma}) or the "
-                "learning rates"
-            )
+
+def nothing(perturbation: Perturbation, keys: Sequence[Key]) -> NoiseSum:
+    """The estimate of a step that is skipped."""
+    return NoiseSum(perturbation, keys, torch.zeros(len(keys), dtype=torch.float64))
 
 
 def pairs_of(keys: Sequence[Key]) -> list[Member]:

@@ -13,8 +13,8 @@ import torch
 from hybrid_opt.config.probing import Spsa
 from hybrid_opt.engines.contract import Engine
 from hybrid_opt.estimators.contract import Cost
-from hybrid_opt.estimators.pairs import curvatures, odd_and_even, pair_statistics
-from hybrid_opt.estimators.probing import NoiseSum, Probe, added, pairs_of
+from hybrid_opt.estimators.pairs import curvatures
+from hybrid_opt.estimators.probing import NoiseSum, Probe, added, nothing, pairs_of
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.perturbations.build import build_perturbation
@@ -27,6 +27,8 @@ class SpsaEstimator:
 
     With `curvature_floor` f each slope is divided by `max(|c_j|, f)`, c_j the second difference `(L+ - 2 L0 + L-) / sigma^2`, so that a
     step is short where the loss bends, as with Newton's method in one dimension; the estimate then has the units of weights.
+
+    A direction along which a loss is not finite counts for nothing, and the sum is still divided by q.
     """
 
     def __init__(self, config: Spsa):
@@ -53,10 +55,12 @@ class SpsaEstimator:
         # By itself and first, so that the two of a pair still share their noise, which is kept from the last evaluation on.
         clean = probe(perturbation, [Member(keys[0], 0)]) if floor else None
         probed = probe(perturbation, pairs_of(keys), together=2)
-        slopes, cost = odd_and_even(probed.means)[0] / sigma, probed.cost
-        statistics = {**cost.statistics, **pair_statistics(probed.means, sigma)}
+        cost = added(clean.cost, probed.cost) if clean else probed.cost
+        if cost.is_empty:
+            return nothing(perturbation, keys), cost
+        slopes, statistics = probed.slopes(sigma), {**cost.statistics, **probed.pair_statistics(sigma)}
         if clean:
             bends = curvatures(probed.means, clean.means[0], sigma)
-            slopes, cost = slopes / bends.abs().clamp(min=floor), added(clean.cost, cost)
-            statistics["curvature"] = bends.mean().item()
+            slopes = slopes / bends.abs().clamp(min=floor)
+            statistics["curvature"] = bends[probed.known].mean().item()
         return NoiseSum(perturbation, keys, slopes / len(keys)), replace(cost, statistics=statistics)

@@ -74,7 +74,8 @@ class RewardObjective:
         A missing reward counts as the worst of the batch.
         """
         verdict, completions = self._judged(model, batch)
-        total = worst_for_missing(-torch.tensor(verdict.totals))
+        losses = -torch.tensor(verdict.totals)
+        total = worst_for_missing(losses, losses.isnan())
         own = verdict.rewards if len(verdict.rewards) > 1 else {}
         return {
             "loss": total,

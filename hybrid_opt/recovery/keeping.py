@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybrid_opt.engines.checksums import weights_digest
+from hybrid_opt.engines.inspection import weights_digest
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import (
     base_of,

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from hybrid_opt.engines.checksums import weights_digest
 from hybrid_opt.engines.contract import Engine, whole_shape
+from hybrid_opt.engines.inspection import weights_digest
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import Estimate, Estimator, WeightedSum, innermost, prepared
 from hybrid_opt.estimators.probing import NoiseSum

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid_opt.engines.checksums import checksum as checksum_of
+from hybrid_opt.engines.inspection import checksum as checksum_of
 
 SHARED_MEMORY = Path("/dev/shm")
 """A file system in main memory, on Linux."""

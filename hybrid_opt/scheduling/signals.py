@@ -21,8 +21,14 @@ class Signals:
     """Time spent in steps."""
     loss: float | None = None
     """Training loss of the latest step; None before the first, and after one that evaluated nothing."""
+    lost_steps: int = 0
+    """How many steps in a row, up to the latest, were skipped because too many members' losses were not finite."""
 
-    def updated(self, *, loss: float | None, **amounts: float) -> "Signals":
-        """The signals after one more step, which took these amounts of tokens, forwards, ..."""
+    def updated(self, *, loss: float | None, is_lost: bool = False, **amounts: float) -> "Signals":
+        """The signals after one more step, which took these amounts of tokens, forwards, ...
+
+        Args:
+            is_lost: whether it was skipped because losses were not finite.
+        """
         totals = {name: getattr(self, name) + amount for name, amount in amounts.items()}
-        return replace(self, step=self.step + 1, loss=loss, **totals)
+        return replace(self, step=self.step + 1, loss=loss, lost_steps=(self.lost_steps + 1) * is_lost, **totals)

@@ -28,6 +28,7 @@ SHORT = {
     "learning_rate": "lr",
     "completion_tokens": "length",
     "reward_errors": "errors",
+    "nonfinite_members": "not finite",
     "tied_pairs": "ties",
     "examples_left_out": "left out",
 }
@@ -206,7 +207,20 @@ def _statistic(name: str) -> Cell:
 
 def _fitting(widths: dict[str, int], room: int) -> list[str]:
     """The columns that there is room for; those that say most are chosen first."""
-    ranked = ["steps", "loss", "reward", "lr", "errors", "skipped", "ties", "snr", "seconds", "cosine", "forwards"]
+    ranked = [
+        "steps",
+        "loss",
+        "reward",
+        "lr",
+        "errors",
+        "skipped",
+        "not finite",
+        "ties",
+        "snr",
+        "seconds",
+        "cosine",
+        "forwards",
+    ]
     ranked += ["grad norm", "backwards"]
     chosen = []
     for title in [title for title in ranked if title in widths] + [title for title in widths if title not in ranked]:

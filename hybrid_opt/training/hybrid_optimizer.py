@@ -37,6 +37,10 @@ from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_polic
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.training.step_report import StepReport, loss_of
+from hybrid_opt.training.weight_checks import WeightChecks
+
+MOST_LOST_STEPS = 10
+"""Steps in a row that may be skipped because losses are not finite; more of them would be a run that does nothing."""
 
 
 class HybridOptimizer:
@@ -51,6 +55,8 @@ class HybridOptimizer:
         seed: decides all noise.
         engine: where the weights live, the `engine` section of a run file; None: where they are. With many processes (ZeRO) every
             one of them passes the same batches: backprop takes its share of the examples, ES its share of the members.
+        check_drift_every: in how many steps each parameter is compared once with what it was after the update before; 0: none is,
+            as for a loop that writes weights itself.
 
     Backprop runs with the model in training mode (dropout on), ES in evaluation mode; both leave the mode as it was.
 
@@ -69,6 +75,7 @@ class HybridOptimizer:
         steps: int | None = None,
         seed: int = 0,
         engine: EngineConfig | None = None,
+        check_drift_every: int = 0,
     ):
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
@@ -93,6 +100,9 @@ class HybridOptimizer:
         self.learning_rates = {name: _learning_rate(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
+        self.rate_factor = 1.0
+        """What all learning rates are multiplied by."""
+        self.checks = WeightChecks(self.engine, check_drift_every)
 
     def step(self, batch: Any, batches: Mapping[str, Any] | None = None) -> StepReport:
         """Take one step.
@@ -104,7 +114,9 @@ class HybridOptimizer:
             batches: for some estimators another batch, by name.
 
         Raises:
-            UserError: losses that are not finite or not of the expected form.
+            DivergedError: losses or weights that are not finite.
+            DriftError: weights that have changed outside an update.
+            UserError: losses that are not of the expected form.
         """
         with self.engine.ranks.loss_reported():
             return self._step(batch, batches or {})
@@ -125,12 +137,15 @@ class HybridOptimizer:
             self.followers.show(estimates[gradient], owned[gradient])
         compared = self._compared(gradient, estimates, owned)
         estimates |= compared
-        rates = {name: self.learning_rates[name](step) for name in plan}
+        rates = {name: self.rate_factor * self.learning_rates[name](step) for name in plan}
         telling = [name for name in plan if not costs[name].is_empty]
         record = self._record(telling, plan, estimates, owned, rates)
         estimates |= {part.estimator: part.estimate for part in record.parts} if record else {}
+        is_lost = not telling and self._refuse_too_many_lost(costs)
+        self.checks.before_update(step)
         if parts := [p for n in telling for p in self._contributions(n, estimates[n], plan[n], owned[n], rates[n])]:
             self.engine.apply(parts, step)
+        self.checks.after_update(step, set().union(*(part.names for part in parts)))
         for name, estimate in compared.items():
             found = {**costs[name].statistics, **estimate.statistics(self.engine.ranks)}
             costs[name] = replace(costs[name], statistics=found)
@@ -156,6 +171,7 @@ class HybridOptimizer:
             forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
             seconds=report.seconds,
             loss=report.loss,
+            is_lost=is_lost,
         )
         return report
 
@@ -174,6 +190,16 @@ class HybridOptimizer:
                 f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
             ) from error
         return estimate, cost
+
+    def _refuse_too_many_lost(self, costs: Mapping[str, Cost]) -> bool:
+        """Whether a step without any estimate is so because losses were not finite."""
+        is_lost = any(cost.nonfinite_members for cost in costs.values())
+        if is_lost and self.signals.lost_steps + 1 >= MOST_LOST_STEPS:
+            raise DivergedError(
+                f"step {self.signals.step}: in {MOST_LOST_STEPS} steps in a row more members than max_nonfinite allows had a loss that is "
+                "not finite, so nothing has moved; lower sigma or the learning rates"
+            )
+        return is_lost
 
     def _evaluated(self, name: str, batch: Any) -> tuple[Objective, Any]:
         """What an estimator minimises in a step, and on what."""
@@ -275,18 +301,30 @@ class HybridOptimizer:
             "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
+            "rate_factor": self.rate_factor,
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
+        self.roll_back(state, folder)
+        self.schedule.load_state_dict(state["schedule"])
+        self.signals = Signals(**state["signals"])
+        self.rate_factor = state["rate_factor"]
+
+    def roll_back(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """Put back the weights, and what optimizer, update rules and estimators remember; the count of steps, the schedule and
+        `rate_factor` stay as they are."""
+        self.checks.forget()
         if "engine" in state:
             self.engine.load_state_dict(state["engine"], folder)
             for name, rule in self.rules.items():
                 if rule is not None:
                     rule.load_state_dict(state["rules"][name])
         recall(self.estimators, state["estimators"], self.engine)
-        self.schedule.load_state_dict(state["schedule"])
-        self.signals = Signals(**state["signals"])
+
+    def skip_step(self) -> None:
+        """Go on with the next step where this one could not be taken."""
+        self.signals = self.signals.updated(loss=None)
 
     def _followers(self) -> Followers:
         acting = {name: self.estimators[name] for name in acting_names(self.config.schedule)}

@@ -4,12 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-COUNTED = ("skipped", "tied_pairs", "reward_errors", "examples_left_out")
+COUNTED = ("skipped", "nonfinite_members", "tied_pairs", "reward_errors", "examples_left_out")
 """Statistics of an estimate that are numbers of things, so that their sum over steps says something: steps that were skipped because
-all members were equally good, antithetic pairs that were, rewards that went wrong, and examples that told nothing."""
+all members were equally good or too many not finite, those that were not, antithetic pairs that were equally good, rewards that went
+wrong, and examples that told nothing."""
 
 TOLD = {
-    "skipped": ("step", "skipped, as all members were equally good"),
+    "skipped": ("step", "skipped, as all members were equally good or too many not finite"),
+    "nonfinite_members": ("member", "whose loss was not finite"),
     "tied_pairs": ("pair", "tied"),
     "reward_errors": ("reward", "that went wrong"),
     "examples_left_out": ("example", "left out, as all members agreed"),

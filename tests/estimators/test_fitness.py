@@ -47,9 +47,15 @@ def test_equal_members_are_flat_whatever_the_rounding(baseline):
 
 def test_missing_losses_are_the_worst():
     losses = torch.tensor([[math.nan, -1.0], [0.5, -2.0]])
-    assert worst_for_missing(losses).tolist() == [[0.5, -1.0], [0.5, -2.0]]
-    assert worst_for_missing(torch.tensor([math.nan, math.nan])).tolist() == [0.0, 0.0]
-    assert worst_for_missing(torch.tensor([math.inf, 1.0])).tolist() == [math.inf, 1.0]  # infinite is not missing
+    assert worst_for_missing(losses, losses.isnan()).tolist() == [[0.5, -1.0], [0.5, -2.0]]
+    assert worst_for_missing(torch.tensor([math.nan, -math.inf]), torch.tensor([True, True])).tolist() == [0.0, 0.0]
+
+
+def test_a_missing_member_is_the_worst_on_each_example():
+    losses, missing = torch.tensor([[1.0, 5.0], [math.inf, 9.0], [2.0, 3.0]]), torch.tensor([[False], [True], [False]])
+    found = worst_for_missing(losses, missing.expand(3, 2), by_example=True)
+    assert found.tolist() == [[1.0, 5.0], [2.0, 5.0], [2.0, 3.0]]
+    assert worst_for_missing(losses, torch.ones(3, 2).bool(), by_example=True).tolist() == [[0.0, 0.0]] * 3
 
 
 # ---------------------------------------------------------------- population

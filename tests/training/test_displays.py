@@ -137,7 +137,7 @@ def test_the_summary_of_a_reward_shows_what_was_counted():
     assert "loss" not in shown
     assert "reward gain" in shown
     assert "+0.5000" in shown
-    told = "1 of 3 steps skipped, as all members were equally good; 10 pairs tied; 4 rewards that went wrong"
+    told = "1 of 3 steps skipped, as all members were equally good or too many not finite; 10 pairs tied; 4 rewards that went wrong"
     assert f"es: {told}" in " ".join(shown.split())
     assert told_counts(3, {"tied_pairs": 1, "reward_errors": 0}) == "1 pair tied"
 

@@ -19,8 +19,7 @@ from hybrid_opt.estimators.guided.designs import ExactDesign, MixedDesign, stand
 from hybrid_opt.estimators.guided.directions import GuidedDirections
 from hybrid_opt.estimators.guided.span import Span, span
 from hybrid_opt.estimators.guided.storage import Guide, restored_guide, stored_guide
-from hybrid_opt.estimators.pairs import odd_and_even
-from hybrid_opt.estimators.probing import NoiseSum, Probe, pairs_of
+from hybrid_opt.estimators.probing import NoiseSum, Probe, nothing, pairs_of
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.perturbations.build import build_perturbation
@@ -40,7 +39,8 @@ class GuidedEstimator:
     and the guides rest until others come; own estimates do not, because the next step has others anyway.
 
     A step without guides is plain ES, shrunk by `c = P / (P + n + 1)` as the exact form with k = 0 is: for a linear loss the mean
-    square error is `(1 - c) |gradient|^2`, and the same learning rate suits both kinds of steps. A `FollowsBackprop`; it `Remembers`.
+    square error is `(1 - c) |gradient|^2`, and the same learning rate suits both kinds of steps. A slope that is not known, because a loss
+    is not finite, counts as 0, and the guides are not judged in such a step. A `FollowsBackprop`; it `Remembers`.
     """
 
     def __init__(self, config: Guided):
@@ -74,9 +74,11 @@ class GuidedEstimator:
         design = self._design(found, values, keys)
         perturbation = self._perturbation(guides, found, design, keys)
         probed = Probe(self.config, engine, objective, batch, names, key)(perturbation, pairs_of(keys), together=2)
-        slopes = odd_and_even(probed.means)[0] / self.config.sigma
+        if probed.cost.is_empty:
+            return nothing(perturbation, keys), probed.cost
+        slopes = probed.slopes(self.config.sigma)
         estimate = NoiseSum(perturbation, keys, design.coefficients(slopes))
-        told = self._judge(design, slopes)
+        told = self._judge(design, slopes) if probed.known.all() else {"fell_back": int(not guides)}
         if self.config.guides.type == "estimates":
             self._keep(engine, names, lambda name: _whole(engine, estimate, name))
         return estimate, replace(probed.cost, statistics={**probed.cost.statistics, **told})

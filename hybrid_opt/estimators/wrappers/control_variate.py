@@ -36,6 +36,9 @@ class ControlVariateEstimator:
 
     where the plain estimate has `V(grad f_b(w))`. Sources: SVRG (Johnson & Zhang 2013), MeZO-SVRG (arXiv 2404.08080).
 
+    Where a loss is not finite, the two estimates would differ in which directions count, so such a step has the plain estimate, and no
+    part in G_a.
+
     An anchor is of the first step that needs it in a stretch of `refresh` steps, and a new one is set where other parameters are
     estimated (a phase with another policy). It has all weights that anybody moves, or G_a would mix estimates at different weights.
     A `Remembers`.
@@ -72,13 +75,17 @@ class ControlVariateEstimator:
         moved = frozenset(names)
         is_anchor = self._set_anchor(engine, moved, key)
         estimate, cost = self.inner.estimate(engine, objective, batch, names, key)
+        if cost.nonfinite_members:
+            return estimate, cost
         here = replays_of(estimate, moved, key)
         if is_anchor:
             self.earlier.append(here)
             return estimate, cost
         with computing_with(engine, self.anchor):
-            estimate, anchor_cost = self.inner.estimate(engine, objective, batch, names, key)
-        there = replays_of(estimate, moved, key)
+            at_anchor, anchor_cost = self.inner.estimate(engine, objective, batch, names, key)
+        if anchor_cost.nonfinite_members:
+            return estimate, added(anchor_cost, cost)
+        there = replays_of(at_anchor, moved, key)
         share = 1 / len(self.earlier)
         mean = [(share, replay) for step in self.earlier for replay in step]
         self.earlier.appendleft(there)

@@ -195,10 +195,11 @@ def test_weights_are_put_back_where_an_evaluation_fails():
 
     def failing(model, batch):
         calls.append(1)
-        losses = objective.losses(model, batch)
-        return losses * (float("nan") if len(calls) > 2 else 1.0)
+        if len(calls) > 2:
+            raise UserError("it fails at the anchor")
+        return objective.losses(model, batch)
 
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="at the anchor"):
         estimator.estimate(engine, FunctionObjective(failing), batch, NAMES, StepKey(1, 1, "a"))
     assert len(calls) > 2
     assert torch.equal(torch.cat([shard.data for shard in engine.shards(NAMES)]), own)
