@@ -13,6 +13,7 @@ import typer
 from hybrid_opt.cli.arguments import rank
 from hybrid_opt.cli.measuring import bench, verify
 from hybrid_opt.cli.recovering import export, replay
+from hybrid_opt.cli.resuming import complete_resume
 from hybrid_opt.cli.runs import check, plan, schema, train
 from hybrid_opt.cli.studies import ablate, report
 from hybrid_opt.errors import UserError, error_line
@@ -47,6 +48,7 @@ def main() -> None:
     """Entry point of `hybrid-opt` and `python -m hybrid_opt`."""
     try:
         _take_local_rank(sys.argv)
+        complete_resume(sys.argv)
         app()
     except UserError as error:
         sys.stderr.write(error_line(error, rank()) + "\n")  # at once, or another rank's line may come in between

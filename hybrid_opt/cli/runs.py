@@ -1,20 +1,31 @@
 """Commands for one run: train | check | plan | schema. Next: `studies.py`."""
 
 import json
-from pathlib import Path
+import sys
 from typing import Annotated, Literal, Optional
 
 import typer
 
 from hybrid_opt.cli.arguments import Overrides, RunPath, SchedulePath, load, quiet, rank
+from hybrid_opt.cli.resuming import command_that_resumes
 from hybrid_opt.errors import UserError
+
+PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
+"""For lines that are to be copied."""
 
 
 def train(
     run: RunPath,
     overrides: Overrides = None,
     schedule: SchedulePath = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        Optional[Literal["newest", "auto"]],
+        typer.Option(
+            "--resume",
+            help="Go on from the newest checkpoint; newest may be left out. auto: if there is one, else start; a run that has finished is left as it is.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the output folder.")] = False,
     display: Annotated[
         Literal["auto", "dashboard", "lines", "none"],
@@ -29,20 +40,33 @@ def train(
     from rich.console import Console
 
     from hybrid_opt.config import located
+    from hybrid_opt.training.run_folder import RunFolder
+
+    console, folder = Console(quiet=rank() > 0), RunFolder(config.output)
+    if resume == "auto":
+        if finished := folder.finished():
+            console.print(f"{config.output}: the run has finished, after {finished['steps']} steps", **PLAIN)
+            return
+        goes_on = folder.saved_step() is not None
+        resume, overwrite = (
+            ("newest", False) if goes_on else (None, True)
+        )  # what there is has no checkpoint to go on from
     from hybrid_opt.training.build import build
     from hybrid_opt.training.dashboard import display_for
     from hybrid_opt.training.progress import summary_table
 
-    console = Console(quiet=rank() > 0)
     with located(source):
         shown = display_for(display, console, config.training.budget)
-        trainer = build(config, overwrite=overwrite, resume=resume, display=shown)
+        trainer = build(config, overwrite=overwrite, resume=resume is not None, display=shown)
         summary = trainer.train()
     console.print(summary_table(summary))
     if summary.finished:
-        output = Path(config.output)
-        for what, name in (("picture", "curves.png"), ("metrics", "metrics.jsonl"), ("model", "model")):
-            console.print(f"{what}: {output / name}", highlight=False, soft_wrap=True)
+        for what, place in (("picture", folder.curves), ("metrics", folder.metrics), ("model", folder.model)):
+            if place.exists():
+                console.print(f"{what}: {place}", **PLAIN)
+    else:
+        for line in command_that_resumes(sys.argv):
+            console.print(line, **PLAIN)
 
 
 def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.state_files import read_state, write_state
+from hybrid_opt.training.durable import sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -62,7 +63,7 @@ def save_checkpoint(
         _write_manifest(aside, step, base)
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(aside, final)
-        _to_disk(folder)
+        sync(folder)
         _remove_old(folder, keep)
     ranks.wait()
     return final
@@ -151,7 +152,7 @@ def _write_manifest(place: Path, step: int, base: int | None) -> None:
     manifest = {"format": FORMAT, "step": step, "base": base, "files": files}
     (place / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for entry in (*_files(place), *(entry for entry in place.rglob("*") if entry.is_dir()), place):
-        _to_disk(entry)
+        sync(entry)
 
 
 def _manifest(checkpoint: Path) -> dict[str, Any]:
@@ -189,12 +190,3 @@ def _files(place: Path) -> Iterator[Path]:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _to_disk(entry: Path) -> None:
-    """Let the disk have the content of a file, or the names in a folder."""
-    descriptor = os.open(entry, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

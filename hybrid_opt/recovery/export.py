@@ -46,7 +46,7 @@ def export(source: Path, folder: Path) -> Exported:
     packed = folder / LEDGERS[1]
     with gzip.GzipFile(packed, "wb", compresslevel=9, mtime=0) as file:
         for line in lines:
-            file.write(encoded(line))
+            file.write(f"{encoded(line)}\n".encode())
     return Exported(folder, len(lines) - 1, packed.stat().st_size)
 
 

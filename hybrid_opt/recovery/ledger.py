@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.training.durable import append_line, sync, writing
 
 FORMAT = 1
-MARK = b',"crc32":"'
+MARK = ',"crc32":"'
 """Comes after what the checksum is of, and before its 8 digits and `"}`."""
 LONGEST = 1 << 26
 """Most bytes of a line; a damaged or made-up file is not to fill the memory."""
@@ -70,7 +71,7 @@ class Ledger:
             return
         if not kept:
             return self.begin()
-        with self.path.open("r+b") as file:
+        with writing(self.path), self.path.open("r+b") as file:
             file.truncate(kept)
             os.fsync(file.fileno())
 
@@ -85,10 +86,8 @@ class Ledger:
     def _write(self, document: Mapping[str, Any]) -> None:
         if not self.writes:
             return
-        with self.path.open("ab") as file:
-            file.write(encoded(document))
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.path, encoded(document))
+        sync(self.path)
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ class Line:
         return self.document.get("step")
 
 
-def encoded(document: Mapping[str, Any]) -> bytes:
+def encoded(document: Mapping[str, Any]) -> str:
     """A line of a ledger, with its checksum."""
-    body = json.dumps(document, separators=(",", ":")).encode()[:-1]
-    return body + MARK + b'%08x"}\n' % zlib.crc32(body)
+    body = json.dumps(document, separators=(",", ":"))[:-1]
+    return f'{body}{MARK}{zlib.crc32(body.encode()):08x}"}}'
 
 
 def whole_lines(path: Path, model: Mapping[str, Any] | None = None) -> Iterator[Line]:
@@ -185,7 +184,7 @@ def _refuse_other_model(header: Mapping[str, Any], model: Mapping[str, Any] | No
 
 def _decoded(line: bytes) -> dict[str, Any] | None:
     """What a line says; None if it is cut off or changed."""
-    body, mark, rest = line.rpartition(MARK)
+    body, mark, rest = line.rpartition(MARK.encode())
     if not mark or rest != b'%08x"}\n' % zlib.crc32(body):
         return None
     try:

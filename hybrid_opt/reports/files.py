@@ -1,7 +1,6 @@
 """Texts, YAML, JSON, JSON lines and CSV as a report needs them: absent is allowed, damaged is not. Next: `reading.py`.
 
-One idea: a file is written while it is read. The last line of a JSON lines file may therefore be half there, and is left out;
-damage anywhere else is an error that names file and line.
+One idea: a file that is damaged is named, with the line, rather than reported on in part.
 """
 
 import csv
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.training.json_lines import JsonLines
 
 
 def read_text(path: Path) -> str | None:
@@ -48,21 +48,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
     Raises:
         UserError: a line before the last is damaged.
     """
-    lines = (read_text(path) or "").split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return rows, True
-            raise UserError(f"{path}: line {number}: not JSON ({error.msg}); mend or delete the line") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}: line {number}: expected keys and values in braces; mend or delete the line")
-        rows.append(row)
-    return rows, False
+    lines = JsonLines(path)
+    return list(lines), lines.cut
 
 
 def read_csv(path: Path, *, texts: tuple[str, ...]) -> list[dict[str, Any]]:

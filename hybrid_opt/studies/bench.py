@@ -7,7 +7,6 @@ over the turns is reported. Memory is measured before, when this process holds n
 import gc
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import statistics
@@ -25,6 +24,7 @@ from hybrid_opt.models.loading import architecture
 from hybrid_opt.studies.bench_memory import Memory, row_memory
 from hybrid_opt.studies.bench_plan import GENERATION_ROWS, MEMBER_ROWS, Case, master_weights_of, reference_of
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, Step, build_step, load_for, problem_of
+from hybrid_opt.training.durable import CannotWriteError, write_atomically
 
 Say = Callable[[str], None]
 """Is told what is being measured."""
@@ -93,12 +93,10 @@ def write_json(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        aside.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"command line: --json {path}: cannot be written: {error.strerror}") from None
+        write_atomically(path, json.dumps(rows, indent=2) + "\n")
+    except CannotWriteError as error:
+        raise UserError(f"command line: --json {error}") from None
 
 
 def machine_name(device: str) -> str:

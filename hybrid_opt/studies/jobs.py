@@ -9,7 +9,6 @@ can be killed and goes on from its checkpoint, and anybody can repeat it by hand
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any, Literal
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.errors import UserError
 from hybrid_opt.training.build import differences
+from hybrid_opt.training.durable import write_atomically, writing
 from hybrid_opt.training.run_folder import RunFolder, dump_yaml
 
 Status = Literal["finished", "failed", "interrupted", "waiting"]
@@ -62,7 +62,7 @@ def standing(run: RunFile) -> Outcome:
         UserError: the folder holds a finished run with other settings.
     """
     folder = RunFolder(run.output)
-    summary = _finished(folder)
+    summary = folder.finished()
     if summary is None:
         return WAITING
     saved, now = folder.read_config(), run.model_dump(mode="json", exclude_none=True)
@@ -85,9 +85,10 @@ def train(run: RunFile, *, threads: int, stop: Stop, lock: int | None = None) ->
     """
     folder = RunFolder(run.output)
     file, log = _beside(folder.path, ".yaml"), _beside(folder.path, ".log")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(dump_yaml(run.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
-    goes_on = any(folder.checkpoints.glob("step-*"))
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, dump_yaml(run.model_dump(mode="json", exclude_none=True)))
+    goes_on = folder.saved_step() is not None
     command = [sys.executable, "-m", "hybrid_opt", "train", str(file), "--resume" if goes_on else "--overwrite"]
     with log.open("a" if goes_on else "w", encoding="utf-8") as out:
         process = subprocess.Popen(
@@ -101,7 +102,7 @@ def train(run: RunFile, *, threads: int, stop: Stop, lock: int | None = None) ->
         )
         _wait(process, stop)
     if process.returncode == 0:
-        summary = _finished(folder)
+        summary = folder.finished()
         return Outcome("finished", summary) if summary else Outcome("interrupted")
     if process.returncode < 0 and stop.requested():
         return Outcome("interrupted")
@@ -123,15 +124,6 @@ def _wait(process: subprocess.Popen, stop: Stop) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _finished(folder: RunFolder) -> dict[str, Any] | None:
-    """The summary, where there is a whole one."""
-    try:
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if summary.get("finished") else None
 
 
 def _reason(code: int, log: Path) -> str:

@@ -4,6 +4,7 @@ One idea: the tidy table is the result, and everything else is computed from it,
 """
 
 import csv
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 from scipy import stats
+
+from hybrid_opt.training.durable import write_atomically, written_aside
 
 CONFIDENCE = 0.95
 COUNTED = (
@@ -82,15 +85,17 @@ def write_results(rows: Sequence[Row], folder: Path) -> None:
     """The tidy table as `results.csv` and `results.parquet`."""
     write_csv(rows, RESULT_TYPES, folder / "results.csv")
     schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in RESULT_TYPES.items()])
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), folder / "results.parquet")
+    with written_aside(folder / "results.parquet") as aside:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), aside)
 
 
 def write_csv(rows: Sequence[Row], columns: Sequence[str] | dict[str, str], path: Path) -> None:
     """Rows as CSV; None as an empty field."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, file.getvalue())
 
 
 def summarise(rows: Sequence[Row], arms: Sequence[tuple[str, str, str]], reference: str | None) -> list[Row]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.training.durable import ASIDE, write_atomically
 from hybrid_opt.training.run_folder import REPORTS, dump_yaml, remove_entries
 
 try:
@@ -47,6 +48,7 @@ class StudyFolder:
             UserError: it holds other things than a study, another process has it, or it cannot be written to.
         """
         present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        present = {name for name in present if not name.startswith(ASIDE)}  # what a process that was killed leaves
         if present and not (present & {"study.yaml", "lock"} and present <= set(CONTENTS)):
             foreign = ", ".join(sorted(present - set(CONTENTS) or present)[:3])
             raise UserError(f"output: {self.path} holds other things than a study ({foreign}); choose a new folder")
@@ -61,11 +63,11 @@ class StudyFolder:
 
     def write_study(self, study: dict[str, Any]) -> None:
         """The resolved study."""
-        self.study.write_text(dump_yaml(study), encoding="utf-8")
+        write_atomically(self.study, dump_yaml(study))
 
     def write_index(self, index: dict[str, Any]) -> None:
         """How the runs stand."""
-        self.index.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_atomically(self.index, json.dumps(index, indent=2) + "\n")
 
     def _lock(self) -> int | None:
         if fcntl is None:

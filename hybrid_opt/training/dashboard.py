@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.text import Text
 from hybrid_opt.config.run import Budget
 from hybrid_opt.training.dashboard_lines import dashboard_lines
 from hybrid_opt.training.metrics import measures_of
-from hybrid_opt.training.progress import Display, Lines, Silence, evaluation_line
+from hybrid_opt.training.progress import Display, Lines, Silence, evaluation_line, is_told
 from hybrid_opt.training.run_so_far import Clock, RunSoFar
 
 Choice = Literal["auto", "dashboard", "lines", "none"]
@@ -54,13 +54,14 @@ class Dashboard:
         self.stopping = threading.Event()
         self.painter: threading.Thread | None = None
         self.changed, self.drawn_at, self.drawn_width = False, 0.0, 0
+        self.evaluations = 0
 
     def start(
         self,
         step: int,
         steps: int | None,
-        metrics: Sequence[dict[str, Any]] = (),
-        evaluations: Sequence[dict[str, Any]] = (),
+        metrics: Iterable[dict[str, Any]] = (),
+        evaluations: Iterable[dict[str, Any]] = (),
     ) -> None:
         """Show what there is, and begin to draw."""
         for row in metrics:
@@ -83,11 +84,13 @@ class Dashboard:
             self.changed = True
 
     def evaluated(self, step: int, measures: dict[str, float]) -> None:
-        """Note the measures, and say them."""
+        """Note the measures, and say them, unless there have been many."""
         with self.lock:
             self.run.add_evaluation(step, measures)
+            self.evaluations += 1
             self.changed = True
-        self.say(evaluation_line(step, measures))
+        if self.run.done >= 1 or is_told(self.evaluations):
+            self.say(evaluation_line(step, measures))
 
     def say(self, text: str) -> None:
         """Print a line above the dashboard."""

@@ -5,15 +5,17 @@ supports works, and of the trackers themselves nothing is known here (but for wh
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
+from hybrid_opt.config.loading import flat
 from hybrid_opt.config.reporting import reporters
 from hybrid_opt.errors import UserError
+from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.metrics import TOTALS
 from hybrid_opt.training.run_folder import RunFolder
 
@@ -67,8 +69,8 @@ class Integrations:
         self,
         step: int,
         steps: int | None,
-        metrics: Sequence[dict[str, Any]] = (),
-        evaluations: Sequence[dict[str, Any]] = (),
+        metrics: Iterable[dict[str, Any]] = (),
+        evaluations: Iterable[dict[str, Any]] = (),
     ) -> None:
         """The training begins, or goes on.
 
@@ -76,7 +78,9 @@ class Integrations:
             UserError: a tracker does not start, for instance because nobody is logged in.
         """
         self.state.global_step, self.state.max_steps = step, steps or 0
-        self.totals = {name: sum(row[name] for row in metrics) for name in TOTALS}
+        self.totals = dict.fromkeys(TOTALS, 0)
+        for row in metrics:
+            self._add(row)
         if isinstance(tensorboard := self.callbacks.get("tensorboard"), integration_utils.TensorBoardCallback):
             _open_tensorboard(tensorboard, self.arguments.output_dir, step)
         self.starting = True
@@ -87,9 +91,12 @@ class Integrations:
     def stepped(self, row: dict[str, Any], done: float) -> None:
         """Log a step's numbers."""
         self.state.global_step = row["step"] + 1
-        self.totals = {name: total + row[name] for name, total in self.totals.items()}
+        self._add(row)
         self._tell("on_step_end")
         self._tell("on_log", logs=step_scalars(row) | {f"total_{name}": total for name, total in self.totals.items()})
+
+    def _add(self, row: Mapping[str, Any]) -> None:
+        self.totals = {name: total + row[name] for name, total in self.totals.items()}
 
     def evaluated(self, step: int, measures: dict[str, float]) -> None:
         """Log the measures, under the prefix that callbacks know evaluations by."""
@@ -115,6 +122,12 @@ class Integrations:
                 if self.starting:
                     raise UserError(f"report_to: {name} does not start: {error}") from error
                 self.show(f"report_to: {name} failed after {self.state.global_step} steps, and is left out: {error}")
+
+
+def hyperparameters(config: Mapping[str, Any] | None, optimizer: HybridOptimizer, steps: int | None) -> dict[str, Any]:
+    """What trackers show of a run's configuration, by dotted keys; of one that was built in Python, what is known."""
+    schedule = optimizer.config.model_dump(mode="json")
+    return dict(flat(config or {"steps": steps, "seed": optimizer.seed, "schedule": schedule}))
 
 
 class RunArguments(TrainingArguments):

@@ -1,14 +1,15 @@
 """Ctrl-C and SIGTERM as a request to stop after the current step. Next: `trainer.py`."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-ECHO = 2.0
+ECHO, ECHO_OF_LAUNCHER = 0.3, 2.0
 """Seconds in which further signals are the first one once more: a terminal sends Ctrl-C to every process of a job, and then
-its launcher passes it on to the same processes."""
+whoever started them (a launcher, `uv run`, `make`) passes it on to the same processes."""
 
 
 @contextmanager
@@ -18,13 +19,14 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     Outside the main thread, where Python lets nobody handle signals, the function always answers False.
     """
     first: float | None = None
+    echo = ECHO_OF_LAUNCHER if "LOCAL_RANK" in os.environ else ECHO
 
     def request(number, frame):
         nonlocal first
         if first is None:
             first = time.monotonic()
-            say("stopping after the current step; Ctrl-C again stops at once")
-        elif number == signal.SIGINT and time.monotonic() - first > ECHO:
+            say("stopping after the current step or evaluation, and saving; Ctrl-C again stops at once")
+        elif number == signal.SIGINT and time.monotonic() - first > echo:
             raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,6 @@
 """Who is told of a run's events, the plainest ways to show them, and the summary table. Next: `dashboard.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -17,14 +17,14 @@ class Display(Protocol):
         self,
         step: int,
         steps: int | None,
-        metrics: Sequence[dict[str, Any]] = (),
-        evaluations: Sequence[dict[str, Any]] = (),
+        metrics: Iterable[dict[str, Any]] = (),
+        evaluations: Iterable[dict[str, Any]] = (),
     ) -> None:
         """The run begins, or goes on, at a step.
 
         Args:
             steps: how many there will be, None where a budget decides.
-            metrics: lines of `metrics.jsonl` so far, of a run that goes on.
+            metrics: lines of `metrics.jsonl` so far, of a run that goes on; they can be read several times, one at a time.
             evaluations: the same of `evaluations.jsonl`.
         """
         ...
@@ -102,20 +102,23 @@ class Lines:
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console()
-        self.tenths = 0
+        self.tenths, self.evaluations, self.done = 0, 0, 0.0
 
     def start(self, step: int, steps: int | None, metrics=(), evaluations=()) -> None:
         """Nothing."""
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
         """Print a line if another tenth of the run is done."""
+        self.done = done
         if int(10 * done) > self.tenths:
             self.tenths = int(10 * done)
             self.say(f"step {row['step'] + 1}: {_status(row)}")
 
     def evaluated(self, step: int, measures: dict[str, float]) -> None:
-        """Print the measures."""
-        self.say(evaluation_line(step, measures))
+        """Print the measures, unless there have been many."""
+        self.evaluations += 1
+        if self.done >= 1 or is_told(self.evaluations):
+            self.say(evaluation_line(step, measures))
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -123,6 +126,12 @@ class Lines:
 
     def stop(self) -> None:
         """Nothing."""
+
+
+def is_told(number: int) -> bool:
+    """Whether the evaluation of that number, from 1, is worth a line: of the first 99 each, then of 900 every tenth, of 9,000 every
+    hundredth, and so on, so that a long run does not fill a disk or a screen; all are in `evaluations.jsonl`."""
+    return number % 10 ** max(0, len(str(number)) - 2) == 0
 
 
 def _status(row: dict[str, Any]) -> str:

@@ -19,7 +19,8 @@ One idea: a folder is only ever written to by a run that began with it empty, un
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ import yaml
 
 from hybrid_opt.config.loading import YAML_12_FLOAT
 from hybrid_opt.errors import UserError
+from hybrid_opt.recovery.checkpoint import checkpoints, step_of
+from hybrid_opt.training.durable import ASIDE, write_atomically, writing
+from hybrid_opt.training.json_lines import JsonLines
 
 REPORTS = ("report.html", "report.md", "report.json", "report.png")
 CONTENTS = (
@@ -95,12 +99,12 @@ class RunFolder:
             UserError: it holds a run already (and neither option is given), holds other things, cannot be written to, or
                 there is nothing in it to resume.
         """
-        if resume and not any(self.checkpoints.glob("step-*")):
-            hint = " (its run has finished)" if self.summary.exists() else ""
+        if resume and (self.finished() or self.saved_step() is None):  # a finished one may have left snapshots
+            hint = " (its run has finished)" if self.finished() else ""
             raise UserError(f"output: {self.path} has no checkpoint to resume from{hint}; start anew with --overwrite")
         present = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        # Another rank may be looking at the same time.
-        present = [name for name in present if not name.startswith(TRIAL)]
+        # Another rank may be looking at the same time, or have been killed.
+        present = [name for name in present if not name.startswith((TRIAL, ASIDE))]
         foreign = sorted(set(present) - set(CONTENTS))
         if foreign and not resume:
             raise UserError(
@@ -120,43 +124,81 @@ class RunFolder:
 
     def prepare(self) -> None:
         """Make the folder, without anything that an earlier run left in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_entries(self.path, CONTENTS)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            remove_entries(self.path, (*CONTENTS, *(half.name for half in self.path.glob(f"{ASIDE}*"))))
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""
-        self.config.write_text(dump_yaml(config), encoding="utf-8")
+        write_atomically(self.config, dump_yaml(config))
 
     def write_machine(self, machine: dict[str, Any]) -> None:
         """What `describe_machine` found, as JSON."""
-        self.machine.write_text(json.dumps(machine, indent=2) + "\n", encoding="utf-8")
+        write_atomically(self.machine, json.dumps(machine, indent=2) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The summary as JSON."""
-        self.summary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        write_atomically(self.summary, json.dumps(summary, indent=2) + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote; empty if nothing was."""
         return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
 
-    def append(self, path: Path, row: dict[str, Any]) -> None:
-        """One JSON line at the end of a file."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def recorded(self) -> tuple[JsonLines, JsonLines]:
+        """The lines of `metrics` and of `evaluations`, read one at a time."""
+        return JsonLines(self.metrics), JsonLines(self.evaluations)
 
-    def rows(self, path: Path) -> list[dict[str, Any]]:
-        """The lines of a file that `append` wrote; none if there is no file."""
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    def append(self, path: Path, row: dict[str, Any]) -> None:
+        """One line at the end of `metrics` or `evaluations`."""
+        JsonLines(path).append(row)
 
     def drop_after(self, step: int) -> None:
-        """Forget what was recorded of steps from `step` on, because they are taken again."""
-        for path, kept in (
-            (self.metrics, lambda row: row["step"] < step),
-            (self.evaluations, lambda r: r["step"] <= step),
-        ):
-            if path.exists():
-                path.write_text(
-                    "".join(json.dumps(row) + "\n" for row in self.rows(path) if kept(row)), encoding="utf-8"
-                )
+        """Forget what was recorded of steps from `step` on, because they are taken again, and half a checkpoint of them."""
+        metrics, evaluations = self.recorded()
+        metrics.keep(lambda row: row["step"] < step)
+        evaluations.keep(lambda row: row["step"] <= step)
+        self._remove_half_checkpoints()
+
+    @contextmanager
+    def saving(self, writes: bool = True) -> Iterator[None]:
+        """Inside, a checkpoint is written; if that fails, nothing is left of it, and the one before is.
+
+        Args:
+            writes: whether this process is the one that writes the folder.
+
+        Raises:
+            CannotWriteError: the operating system does not let it be written.
+        """
+        if writes:  # what a checkpoint counts on
+            for lines in self.recorded():
+                lines.sync()
+        try:
+            with writing(self.checkpoints):
+                yield
+        except BaseException:
+            if writes:
+                self._remove_half_checkpoints()
+            raise
+
+    def saved_step(self) -> int | None:
+        """After how many steps the newest checkpoint was saved; None: there is none."""
+        return next(map(step_of, checkpoints(self.checkpoints)), None)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that came to its end; None if it has not, or there is no run."""
+        try:
+            summary = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return summary if summary.get("finished") else None
+
+    def way_on(self) -> str:
+        """What a message about something that could not be written says at its end."""
+        step = self.saved_step()
+        if step is None:
+            return "; no checkpoint had been saved, so start anew with --overwrite"
+        return f"; the checkpoint after step {step} is whole: go on from it with the same command and --resume"
+
+    def _remove_half_checkpoints(self) -> None:
+        for aside in self.checkpoints.glob(".*"):
+            shutil.rmtree(aside, ignore_errors=True)

@@ -37,6 +37,10 @@ class Curve:
             self.points = [(a + b) / 2 for a, b in zip(self.points[::2], self.points[1::2], strict=True)]
             self.each *= 2
 
+    def means(self) -> list[float]:
+        """The points, with the mean of what has come since the latest."""
+        return [*self.points, self.sum / self.count] if self.count else self.points
+
 
 @dataclass
 class EstimatorSoFar:

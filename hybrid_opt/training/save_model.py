@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, is_spread
+from hybrid_opt.training.durable import written_aside
 
 
 def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
@@ -15,22 +16,32 @@ def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
 
     A model that is not transformers' own gets its state dict in `model/model.safetensors`. All ranks must call this; rank 0
     writes.
+
+    Raises:
+        CannotWriteError: the operating system does not let it be written; what was there is as it was.
     """
-    weights, model, place = engine.whole_weights(), engine.model, folder / "model"
+    weights, model = engine.whole_weights(), engine.model
     if weights is None:
         return
     if hasattr(model, "merge_and_unload"):
-        model.save_pretrained(folder / "adapter", state_dict=weights)
+        with written_aside(folder / "adapter") as place:
+            model.save_pretrained(place, state_dict=weights)
+    with written_aside(folder / "model") as place:
+        _save(model, weights, place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+
+
+def _save(model: nn.Module, weights: dict[str, Tensor], place: Path) -> None:
+    if hasattr(model, "merge_and_unload"):
         merged = _copy_of(model, weights).merge_and_unload()  # the caller's keeps its adapters
         merged.save_pretrained(place)
     elif hasattr(model, "save_pretrained"):
         model.save_pretrained(place, state_dict=weights)
     else:
-        place.mkdir(exist_ok=True)
+        place.mkdir()
         once = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(weights.items())}  # tied ones
         save_file({name: weights[name].contiguous() for name in once.values()}, place / "model.safetensors")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(place)
 
 
 def _copy_of(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -1,7 +1,7 @@
 """The outcome of a run: before, after, and what each estimator contributed. Next: `progress.py`, `curves.py`."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 COUNTED = ("skipped", "nonfinite_members", "tied_pairs", "reward_errors", "examples_left_out")
@@ -99,10 +99,25 @@ class Summary:
         return asdict(self)
 
 
-def shares_of(metrics: Iterable[dict[str, Any]], decrease: dict[str, float]) -> dict[str, Share]:
-    """Each estimator's part, from the lines of `metrics.jsonl` and the credits of `Attribution`."""
-    shares: dict[str, Share] = {}
-    for row in metrics:
+class Totals:
+    """What a summary says of the steps, added up as they come, so that no step need be kept.
+
+    Args:
+        rows: lines of `metrics.jsonl`, of a run that goes on.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()):
+        self.parts: dict[str, Share] = {}
+        self.peak_memory_bytes = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """One more line."""
+        self.peak_memory_bytes = max(self.peak_memory_bytes, row["peak_memory_bytes"])
         for name, part in row["parts"].items():
-            shares.setdefault(name, Share(loss_decrease=decrease.get(name))).add(part)
-    return shares
+            self.parts.setdefault(name, Share()).add(part)
+
+    def shares(self, decrease: Mapping[str, float]) -> dict[str, Share]:
+        """Each estimator's part, with its credit of `Attribution`."""
+        return {name: replace(share, loss_decrease=decrease.get(name)) for name, share in self.parts.items()}

@@ -5,13 +5,13 @@ what happened, so a loop of one's own around the same object gives the same weig
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.loading import flat
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
@@ -24,16 +24,17 @@ from hybrid_opt.recovery.keeping import Keeper, Keeping
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for
+from hybrid_opt.training.durable import CannotWriteError
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.integrations import Integrations
+from hybrid_opt.training.integrations import Integrations, hyperparameters
 from hybrid_opt.training.interrupt import stop_requests
 from hybrid_opt.training.machine import describe_machine
 from hybrid_opt.training.metrics import evaluation_row, metrics_row
 from hybrid_opt.training.progress import Display, Displays, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
-from hybrid_opt.training.summary import Summary, shares_of
+from hybrid_opt.training.summary import Summary, Totals
 from hybrid_opt.training.update_norms import UpdateNorms
 
 
@@ -138,10 +139,11 @@ class Trainer:
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         self.keeper = self._keeper(keeping) if self.folder else None
         if self.records and reporters(report_to):
-            self.display = Displays(self.display, self._integrations(report_to, model))
+            shown = hyperparameters(config, self.optimizer, steps)
+            tracked = Integrations(report_to, self.folder, shown, model, tokenizer, self.display.say)
+            self.display = Displays(self.display, tracked)
         self.before: dict[str, float] = {}
-        self.metrics: list[dict[str, Any]] = []
-        self.evaluations: list[dict[str, Any]] = []
+        self.totals, self.evaluated_at = Totals(), -1
 
     def train(self) -> Summary:
         """Take the steps that are left, and write the model, the metrics and the summary.
@@ -149,13 +151,17 @@ class Trainer:
         An interrupt (Ctrl-C, SIGTERM) lets the current step end, saves a checkpoint and returns what there is so far.
 
         Raises:
-            UserError: losses that are not finite, or batches that ended; a checkpoint is saved first.
+            UserError: losses that are not finite, or batches that ended; a checkpoint is saved first. Or something could not be
+                written; what had been saved is whole.
         """
         with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
-            self._begin()
             try:
-                self.display.start(self.optimizer.signals.step, self.steps, self.metrics, self.evaluations)
+                self._begin()
+                recorded = self.folder.recorded() if self.folder else ()
+                self.display.start(self.optimizer.signals.step, self.steps, *recorded)
                 return self._shown(stop_requested)
+            except CannotWriteError as error:
+                raise CannotWriteError(f"{error}{self._way_on_after(error)}") from None
             finally:
                 self.display.stop()
 
@@ -189,7 +195,7 @@ class Trainer:
     def _look_around(self, step: int) -> None:
         """What is due between two steps."""
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
-        if is_due and all(row["step"] < step for row in self.evaluations):  # a resumed run may have done it
+        if is_due and self.evaluated_at < step:  # a resumed run may have done it
             self._record_evaluation(step, self._evaluate(self.validation_along))
         is_due = self.checkpoint_every and step % self.checkpoint_every == 0
         if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
@@ -206,7 +212,7 @@ class Trainer:
         report = self.optimizer.step(batch, own)
         norms, own = self.update_norms.after(), self.optimizer.objectives
         row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
-        self.metrics.append(row)
+        self.totals.add(row)
         if self.keeper:
             self.keeper.stepped(report)
         if self.records:
@@ -249,7 +255,7 @@ class Trainer:
             self._record_evaluation(self.optimizer.signals.step, after)
         summary = self._summary(after)
         if self.records:
-            draw_curves(self.metrics, self.evaluations, self.folder.curves)
+            draw_curves(*self.folder.recorded(), self.folder.curves)
             self.folder.write_summary(summary.as_dict())
             self.keeper.finish()
         self.optimizer.engine.leave()
@@ -267,10 +273,10 @@ class Trainer:
             goal="reward" if self.is_reward else "loss",
             before=self.before,
             after=after,
-            estimators=shares_of(self.metrics, decrease),
+            estimators=self.totals.shares(decrease),
             shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
             seconds=self.optimizer.signals.seconds,
-            peak_memory_bytes=max((row["peak_memory_bytes"] for row in self.metrics), default=0),
+            peak_memory_bytes=self.totals.peak_memory_bytes,
             finished=finished,
         )
 
@@ -280,21 +286,12 @@ class Trainer:
         how = {"config": self.config, "whole": self.consolidates, "say": lambda line: self.display.say(line)}
         return Keeper(self.folder, self.optimizer, keeping, **how)
 
-    def _integrations(self, report_to: str | Sequence[str], model: nn.Module) -> Integrations:
-        own = {
-            "steps": self.steps,
-            "seed": self.optimizer.seed,
-            "schedule": self.optimizer.config.model_dump(mode="json"),
-        }
-        config = dict(flat(own if self.config is None else self.config))
-        return Integrations(report_to, self.folder, config, model, self.tokenizer, self.display.say)
-
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
         return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
 
     def _record_evaluation(self, step: int, measures: dict[str, float]) -> None:
         row = evaluation_row(step, measures, self.optimizer.signals)
-        self.evaluations.append(row)
+        self.evaluated_at = step
         if self.records:
             self.folder.append(self.folder.evaluations, row)
         self.display.evaluated(step, measures)
@@ -305,7 +302,8 @@ class Trainer:
         """Save a checkpoint, if there is a folder, and say how to go on from it. All ranks do this together."""
         if not self.keeper:
             return ""
-        self.keeper.save(self._state)
+        with self.folder.saving(self.records):
+            self.keeper.save(self._state)
         return f" (saved in {self.folder.path}; go on with the same command and --resume)"
 
     def _state(self, checkpoint: Path, weights: bool) -> dict[str, Any]:
@@ -322,7 +320,25 @@ class Trainer:
     def _saved_after(self, error: UserError) -> str:
         """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
         together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
-        return self._save() if together and self.optimizer.engine.is_finite() else ""
+        if isinstance(error, CannotWriteError) or not (together and self.optimizer.engine.is_finite()):
+            return ""
+        try:
+            return self._save()
+        except CannotWriteError as unsaved:
+            return f"; and {unsaved}{self.folder.way_on()}"
+
+    def _way_on_after(self, error: CannotWriteError) -> str:
+        """How to go on where something could not be written, from as late a step as can be saved now."""
+        is_newer = self.optimizer.signals.step > (self.folder.saved_step() or 0)
+        if (
+            is_newer
+            and self.ranks.world_size == 1
+            and error.path != self.folder.checkpoints
+            and self.optimizer.engine.is_finite()
+        ):
+            with suppress(CannotWriteError):
+                self._save()
+        return self.folder.way_on()
 
     def _load(self) -> None:
         state = self.keeper.load()
@@ -332,5 +348,5 @@ class Trainer:
         if self.records:
             self.folder.drop_after(self.optimizer.signals.step)
         self.ranks.wait()
-        self.metrics = self.folder.rows(self.folder.metrics)
-        self.evaluations = self.folder.rows(self.folder.evaluations)
+        metrics, evaluations = self.folder.recorded()
+        self.totals, self.evaluated_at = Totals(metrics), max((row["step"] for row in evaluations), default=-1)

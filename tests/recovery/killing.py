@@ -106,7 +106,7 @@ def die_before(call: str, number: int, folder: Path) -> None:
                 if function is ledger.encoded:
                     line = function(*arguments)
                     with (folder / "ledger.jsonl").open("ab") as file:
-                        file.write(line[: len(line) // 2])
+                        file.write(line[: len(line) // 2].encode())
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*arguments, **options)
 

@@ -114,10 +114,10 @@ def test_10_000_steps_of_a_population_of_32_take_less_than_a_megabyte():
     (part,) = taken["parts"]
     (noise,), draw = part["sums"], np.random.default_rng(0)
 
-    def line(step: int) -> bytes:
+    def line(step: int) -> str:
         coefficients = base64.b64encode(draw.standard_normal(16).astype("<f4").tobytes()).decode()
         sums = [{**noise, "origin": [3, step, "own"], "coefficients": coefficients}]
         return encoded({**taken, "step": step, "parts": [{**part, "sums": sums}]})
 
-    packed = gzip.compress(b"".join(map(line, range(10_000))), 9)
+    packed = gzip.compress("\n".join(map(line, range(10_000))).encode(), 9)
     assert 16 * 4 * 10_000 < len(packed) < 1_000_000  # random coefficients cannot be packed any further

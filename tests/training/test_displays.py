@@ -10,7 +10,7 @@ from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard_lines import dashboard_lines
 from hybrid_opt.training.progress import Lines, summary_table
 from hybrid_opt.training.run_so_far import Clock, RunSoFar
-from hybrid_opt.training.summary import Summary, shares_of, told_counts
+from hybrid_opt.training.summary import Summary, Totals, told_counts
 
 
 def row(step: int, who: str, loss: float | None) -> dict:
@@ -24,8 +24,9 @@ ROWS = [row(0, "backprop", 3.0), row(1, "stale", None), row(2, "stale", None), r
 @pytest.mark.parametrize(("rows", "xs", "ys"), [(ROWS, [1, 4], [3.0, 1.0]), (ROWS[1:3], [], [])])
 def test_curves_leave_out_steps_without_a_loss(rows, xs, ys, monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
-    draw_curves(rows, [{"step": 0, "loss": 3.5}, {"step": 2, "loss": 2.0}], tmp_path / "curves.png")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    evaluations = [{"step": 0, "seconds": 0.0, "loss": 3.5}, {"step": 2, "seconds": 4.0, "loss": 2.0}]
+    draw_curves(rows, evaluations, tmp_path / "curves.png")
     (steps, seconds) = drawn[0].axes
     training, validation = steps.lines
     assert (list(training.get_xdata()), list(training.get_ydata())) == (xs, ys)
@@ -95,8 +96,11 @@ REWARDS = [
 
 def test_curves_of_a_reward_and_of_another_loss_do_not_mix(monkeypatch, tmp_path):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
-    evaluations = [{"step": 0, "loss": -0.125, "reward": 0.125}, {"step": 4, "loss": -0.75, "reward": 0.75}]
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: drawn.append(figure))
+    evaluations = [
+        {"step": 0, "seconds": 0.0, "loss": -0.125, "reward": 0.125},
+        {"step": 4, "seconds": 8.0, "loss": -0.75, "reward": 0.75},
+    ]
     draw_curves(REWARDS, evaluations, tmp_path / "curves.png")
     reward, reward_by_seconds, own, own_by_seconds = drawn[0].axes
     assert (reward.get_ylabel(), own.get_ylabel()) == ("reward (higher is better)", "backprop's own loss")
@@ -126,7 +130,7 @@ def test_lines_name_what_a_number_is_of():
 
 
 def test_the_summary_of_a_reward_shows_what_was_counted():
-    shares = shares_of(REWARDS, {"es": 0.5})
+    shares = Totals(REWARDS).shares({"es": 0.5})
     assert shares["es"].counts == {"skipped": 1, "tied_pairs": 10, "reward_errors": 4}
     assert shares["backprop"].counts == {}
     measures = ({"loss": -0.125, "reward": 0.125}, {"loss": -0.75, "reward": 0.75})
