@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
-from hybrid_opt.errors import DivergedError, UserError
+from hybrid_opt.errors import DivergedError, DriftError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
@@ -23,6 +24,7 @@ from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for
+from hybrid_opt.training.divergence import Guard
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.integrations import Integrations
@@ -55,6 +57,8 @@ class Trainer:
         validation_along: fewer batches for those; None: the same.
         probe: batches on which each estimator's contribution is measured.
         checkpoint_every: steps between checkpoints; 0: only when interrupted.
+        divergence: what is done about a loss that grows; None: only one that is not finite ends the run.
+        check_drift_every: see `HybridOptimizer`.
         output: run folder; None: nothing is written.
         overwrite: replace the run that the folder holds.
         resume: go on from the folder's newest checkpoint.
@@ -86,6 +90,8 @@ class Trainer:
         validation_along: Sequence[Any] | None = None,
         probe: Sequence[Any] = (),
         checkpoint_every: int = 0,
+        divergence: Divergence | None = None,
+        check_drift_every: int = 50,
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -118,6 +124,7 @@ class Trainer:
             steps=steps,
             seed=seed,
             engine=engine,
+            check_drift_every=check_drift_every,
         )
         self.ranks = self.optimizer.engine.ranks
         self.records = self.folder is not None and self.ranks.rank == 0
@@ -135,6 +142,8 @@ class Trainer:
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         if self.records and reporters(report_to):
             self.display = Displays(self.display, self._integrations(report_to, model))
+        parts = (self.optimizer, self.attribution, self.folder, self._write_state, self.display.say)
+        self.guard = Guard(divergence, *parts, evaluates=bool(evaluate_every and self.validation_along))
         self.before: dict[str, float] = {}
         self.metrics: list[dict[str, Any]] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -186,7 +195,8 @@ class Trainer:
         """What is due between two steps."""
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
         if is_due and all(row["step"] < step for row in self.evaluations):  # a resumed run may have done it
-            self._record_evaluation(step, self._evaluate(self.validation_along))
+            self._record_evaluation(step, measures := self._evaluate(self.validation_along))
+            self.guard.evaluated(measures["loss"])
         if self.checkpoint_every and step % self.checkpoint_every == 0 and step > self.began:
             self._save()
 
@@ -198,13 +208,17 @@ class Trainer:
         forget_peak(device)
         own = {name: self.own_batches[name].batch_at(step) for name in acting if name in self.own_batches}
         batch = None if own.keys() >= set(acting) else self.batches.batch_at(step)
-        report = self.optimizer.step(batch, own)
+        report = self.guard.taken(lambda: self.optimizer.step(batch, own))
+        if report is None:
+            return
         norms, own = self.update_norms.after(), self.optimizer.objectives
         row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
+        row |= self.guard.told()
         self.metrics.append(row)
         if self.records:
             self.folder.append(self.folder.metrics, row)
         self.display.stepped(row, self.done())
+        self.guard.stepped(report.loss)
 
     # ------------------------------------------------------------ beginning and end
 
@@ -229,6 +243,8 @@ class Trainer:
             self.display.say("evaluating before the first step ...")
             self.before = self._evaluate(self.validation)
             self._record_evaluation(0, self.before)
+        along = self.validation_along  # the rows that the guard will go on seeing
+        self.guard.begin(lambda: self.before if along is self.validation else self._evaluate(along))
 
     def _end(self) -> Summary:
         if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest
@@ -263,6 +279,7 @@ class Trainer:
             shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
             seconds=self.optimizer.signals.seconds,
             peak_memory_bytes=max((row["peak_memory_bytes"] for row in self.metrics), default=0),
+            roll_backs=self.guard.roll_backs,
             finished=finished,
         )
 
@@ -303,6 +320,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(checkpoint / "engine"),
             "attribution": self.attribution.state_dict(),
             "before": self.before,
+            "divergence": self.guard.state_dict(),
         }
 
     def _refuse_other_layout(self, checkpoint: Path, saved: dict[str, int]) -> None:
@@ -318,7 +336,8 @@ class Trainer:
     def _saved_after(self, error: UserError) -> str:
         """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
         together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
-        return self._save() if together and self.optimizer.engine.is_finite() else ""
+        ours = together and not isinstance(error, DriftError)  # which is about weights that somebody else wrote
+        return self._save() if ours and self.optimizer.engine.is_finite() else ""
 
     def _load(self) -> None:
         newest = newest_checkpoint(self.folder.checkpoints)
@@ -327,6 +346,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"], newest / "engine")
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]
+        self.guard.load_state_dict(state["divergence"])
         if self.records:
             self.folder.drop_after(self.optimizer.signals.step)
         self.ranks.wait()
