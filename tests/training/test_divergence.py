@@ -7,14 +7,14 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from hybrid_opt import Trainer, UserError
+from hybrid_opt import Trainer, UserError, load_run
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.run import Training
 from hybrid_opt.errors import DivergedError
 from hybrid_opt.training.divergence import Watch
 from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.run_folder import RunFolder
-from tests.conftest import die_before, interrupt_after
+from tests.conftest import PROSE, die_before, interrupt_after
 
 INF, NAN = math.inf, math.nan
 BACK = {"action": "roll_back"}
@@ -86,6 +86,18 @@ NO_REASON = (False, "")
 def test_what_a_run_file_may_not_say(divergence, message):
     with pytest.raises(ValidationError, match=message):
         Training(steps=3, divergence=divergence)
+
+
+def test_a_run_file_without_held_out_rows_cannot_go_back(write_run):
+    data = {"train": str(PROSE), "text": "text"}
+    training = {"steps": 3, "evaluate_every": 1, "divergence": {"loss_above": 9}}
+    path = write_run(data=data, objective={"type": "causal_lm"}, training=training)
+    assert load_run(path).training.divergence == Divergence(loss_above=9)
+    with pytest.raises(
+        UserError,
+        match=r"training.divergence: rises_for and roll_back go by the loss on held-out rows; write data.validation",
+    ):
+        load_run(path, ["training.divergence.rises_for=2"])
 
 
 def test_the_best_weights_need_rows_and_a_folder(tmp_path):
