@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from hybrid_opt.config.data import Data
+from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import StaleGradient
 from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
@@ -151,11 +152,24 @@ class Training(Strict):
     checkpoint holds no weights and takes kilobytes. 0: every checkpoint holds them."""
     save_model: bool = True
     """Leave the final model in the run folder."""
+    divergence: Divergence | None = None
+    """What is done about a loss that grows; null: only one that is not finite ends the run."""
+    check_drift_every: NonNegativeInt = 50
+    """Steps in which every weight is compared once with what it was after the update before, so that nobody else writes weights
+    unnoticed; each step looks at another part of them. 0: none is."""
 
     @model_validator(mode="after")
     def _has_an_end(self):
         if self.steps is None and self.budget is None:
             raise ValueError("say how long to train: steps, or a budget such as {seconds: 600}")
+        return self
+
+    @model_validator(mode="after")
+    def _knows_the_best(self):
+        if self.divergence and self.divergence.needs_evaluations and not self.evaluate_every:
+            raise ValueError(
+                "divergence: rises_for and roll_back go by evaluations along the way; write evaluate_every, or loss_above alone"
+            )
         return self
 
 
@@ -212,6 +226,15 @@ class RunFile(Strict):
                 raise ValueError(
                     f"objectives.{name}.data.validation: only the run's own objective is evaluated; drop it"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_weights_can_be_told(self):
+        divergence = self.training.divergence
+        if divergence and divergence.needs_evaluations and self.data.validation is None:
+            raise ValueError(
+                "training.divergence: rises_for and roll_back go by the loss on held-out rows; write data.validation, or loss_above alone"
+            )
         return self
 
     @model_validator(mode="after")

@@ -129,6 +129,7 @@ class ZeroEngine:
         direct = {name: self.stage.weights(self.parameters[name])[0] for name in self.movable if name not in self.owned}
         self.master_weights.check(direct)
         self.masters = {name: data.float() for name, data in direct.items() if self.master_weights.needed(data)}
+        self.has_gradients = False
         self.watch = watch(self.ranks) if self.ranks.world_size > 1 else None
 
     @property
@@ -157,6 +158,7 @@ class ZeroEngine:
                 "DeepSpeed's optimizer does not know it; name it in the policy of the phase that trains it"
             )
         self.idle.bring_back()
+        self.has_gradients = True
         total, owned = 0.0, {name: p for name, p in self.parameters.items() if name in self.owned}
         with requiring_grad(owned, names):
             for number, loss_of in enumerate(losses, start=1):
@@ -255,6 +257,10 @@ class ZeroEngine:
     def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
         """See `Engine.load_state_dict`."""
         if self.owned:
+            self.idle.bring_back()
+            if self.has_gradients:  # of a step that was not taken: they would be added to the next one's
+                self.deepspeed.step()
+                self.has_gradients = False
             self.deepspeed.load_checkpoint(str(folder), tag=TAG)
             self.stage.relink_state()
         buffers = dict(self.model.named_buffers())
@@ -325,6 +331,7 @@ class ZeroEngine:
         for group, names in zip(self.deepspeed.optimizer.param_groups, self.groups, strict=True):
             group["lr"], group["rests"] = plain.learning_rate, owned.isdisjoint(names)
         self.deepspeed.step()
+        self.has_gradients = False
 
     def _refresh(self, masters: bool) -> None:
         """Let forward passes see what was written, `masters` being those of DeepSpeed's optimizer."""

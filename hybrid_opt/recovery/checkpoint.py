@@ -129,13 +129,20 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def remove_checkpoints(folder: Path, *, light_only: bool = False) -> None:
-    """Remove checkpoints that nobody needs any more; with `light_only` the snapshots stay."""
-    if not light_only:
+    """Remove a folder of checkpoints that nobody needs any more; with `light_only` those with weights stay."""
+    stay = set(filter(_has_weights, checkpoints(folder))) if light_only else ()
+    for entry in folder.iterdir() if stay else ():
+        if entry not in stay:
+            shutil.rmtree(entry)
+    if not stay:
         shutil.rmtree(folder, ignore_errors=True)
-        return
-    for checkpoint in checkpoints(folder):
-        if base_of(checkpoint) != checkpoint:
-            shutil.rmtree(checkpoint)
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    try:
+        return base_of(checkpoint) == checkpoint
+    except DamagedError:
+        return False
 
 
 def _place(folder: Path, step: int) -> Path:

@@ -70,14 +70,16 @@ class Keeper:
         self.lost = 0
         """Steps since then that the ledger does not hold."""
         self.latest_is_lost = False
+        self.next_step = 0
 
     def begin(self) -> None:
         """A new run starts."""
         self.ledger.begin()
 
     def stepped(self, report: "StepReport") -> None:
-        """A step has been taken."""
-        self.latest_is_lost = report.record is None
+        """A step has been taken; after a roll back its number is not the next."""
+        self.latest_is_lost = report.record is None or report.step != self.next_step
+        self.next_step = report.step + 1
         self.lost += self.latest_is_lost
         if report.record is not None:
             self.ledger.append(report.record.document(self.optimizer.engine))
@@ -138,7 +140,7 @@ class Keeper:
             self._replay(start, step)
             self._refuse_other_weights(checkpoint, state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
-        self.base, self.lost, self.latest_is_lost = start, 0, False
+        self.base, self.lost, self.latest_is_lost, self.next_step = start, 0, False, step
         self.ranks.wait()
         self.ledger.go_on_at(step)
         return state

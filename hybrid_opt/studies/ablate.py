@@ -133,6 +133,7 @@ class Ablation:
             "data.validation": None,
             "training.probe_rows": 0,
             "training.evaluate_every": 0,
+            "training.divergence": None,
             "training.budget": None,
         }
         changes = [(key.split("."), value) for key, value in {**nothing, "training.steps": steps}.items()]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from datasets import Dataset
 
 from hybrid_opt.config.data import Data
+from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import flat
@@ -78,7 +79,6 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
     own = {name: _own(run, name, splits[0], tokenizer) for name in run.objectives}
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
-    along = _spread(validation, training.evaluation_rows or len(validation))
     model = load_model(model_config, run.peft, training.seed)
     _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
     for _, batches in own.values():
@@ -95,10 +95,14 @@ def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, displa
         engine=run.engine,
         validation=_batches(validation, size, data),
         evaluate_every=training.evaluate_every,
-        validation_along=_batches(along, size, data),
+        validation_along=_batches(_spread(validation, training.evaluation_rows), size, data)
+        if training.evaluation_rows
+        else None,
         probe=_batches(_spread(validation or examples, training.probe_rows), size, data),
         checkpoint_every=training.checkpoint_every,
         keeping=Keeping(training.keep_checkpoints, training.snapshots, training.replay_at_most),
+        divergence=training.divergence,
+        check_drift_every=training.check_drift_every,
         output=run.output,
         overwrite=overwrite,
         resume=resume,
@@ -214,12 +218,15 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         "training.replay_at_most",
         "training.evaluation_rows",
         "training.save_model",
+        "training.check_drift_every",
     }
+    free |= {f"training.divergence.{key}" for key in Divergence.model_fields}
     free |= {f"training.budget.{currency}" for currency in Budget.model_fields}
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
         free.add("training.steps")
     for name in run.schedule.estimators:  # what the message about a diverging run advises to change
-        free |= {f"schedule.estimators.{name}.{field}" for field in ("learning_rate", "gradient_clipping")}
+        tame = ("learning_rate", "gradient_clipping", "sigma", "max_nonfinite")
+        free |= {f"schedule.estimators.{name}.{field}" for field in tame}
     for key, before, after in differences(saved, now):
         if key not in free:
             raise UserError(

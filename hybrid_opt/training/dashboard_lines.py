@@ -207,21 +207,8 @@ def _statistic(name: str) -> Cell:
 
 def _fitting(widths: dict[str, int], room: int) -> list[str]:
     """The columns that there is room for; those that say most are chosen first."""
-    ranked = [
-        "steps",
-        "loss",
-        "reward",
-        "lr",
-        "errors",
-        "skipped",
-        "not finite",
-        "ties",
-        "snr",
-        "seconds",
-        "cosine",
-        "forwards",
-    ]
-    ranked += ["grad norm", "backwards"]
+    ranked = ["steps", "loss", "reward", "lr", "errors", "skipped", "not finite", "ties", "snr", "seconds", "cosine"]
+    ranked += ["forwards", "grad norm", "backwards"]
     chosen = []
     for title in [title for title in ranked if title in widths] + [title for title in widths if title not in ranked]:
         if widths[title] <= room:

@@ -5,7 +5,7 @@
     metrics.jsonl       one line a step
     evaluations.jsonl   one line an evaluation
     ledger.jsonl        what ES steps were made of, from which weights are made again
-    checkpoints/        to resume from
+    checkpoints/        to resume from; with training.divergence the best weights, to go back to (best/)
     logs/               what the experiment trackers of `report_to` write, such as TensorBoard's event files
     summary.json        before, after, and what each estimator contributed
     curves.png          loss against steps and seconds

@@ -91,6 +91,8 @@ class Summary:
     """Time of all steps, without evaluations and probes."""
     peak_memory_bytes: int = 0
     """Most memory used in a step: of the process on CPU, of the device on CUDA."""
+    roll_backs: int = 0
+    """How often the run went back to its best weights (`training.divergence`)."""
     finished: bool = True
     """False if the run was interrupted and can be resumed."""
 

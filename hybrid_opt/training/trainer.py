@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
-from hybrid_opt.errors import DivergedError, UserError
+from hybrid_opt.errors import DivergedError, DriftError, UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
@@ -24,6 +25,7 @@ from hybrid_opt.recovery.keeping import Keeper, Keeping
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for
+from hybrid_opt.training.divergence import Guard
 from hybrid_opt.training.durable import CannotWriteError
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
@@ -58,6 +60,8 @@ class Trainer:
         probe: batches on which each estimator's contribution is measured.
         checkpoint_every: steps between checkpoints; 0: only when interrupted.
         keeping: how many checkpoints are kept, and when they have weights.
+        divergence: what is done about a loss that grows; None: only one that is not finite ends the run.
+        check_drift_every: see `HybridOptimizer`.
         output: run folder; None: nothing is written.
         overwrite: replace the run that the folder holds.
         resume: go on from the folder's newest checkpoint.
@@ -90,6 +94,8 @@ class Trainer:
         probe: Sequence[Any] = (),
         checkpoint_every: int = 0,
         keeping: Keeping = Keeping(),
+        divergence: Divergence | None = None,
+        check_drift_every: int = 50,
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -122,6 +128,7 @@ class Trainer:
             steps=steps,
             seed=seed,
             engine=engine,
+            check_drift_every=check_drift_every,
         )
         self.ranks = self.optimizer.engine.ranks
         self.records = self.folder is not None and self.ranks.rank == 0
@@ -142,6 +149,14 @@ class Trainer:
             shown = hyperparameters(config, self.optimizer, steps)
             tracked = Integrations(report_to, self.folder, shown, model, tokenizer, self.display.say)
             self.display = Displays(self.display, tracked)
+        parts = (
+            self.optimizer,
+            self.attribution,
+            self.folder,
+            lambda place: self._state(place, True),
+            self.display.say,
+        )
+        self.guard = Guard(divergence, *parts, evaluates=bool(evaluate_every and self.validation_along))
         self.before: dict[str, float] = {}
         self.totals, self.evaluated_at = Totals(), -1
 
@@ -183,7 +198,7 @@ class Trainer:
                 return False
             if step := self.optimizer.signals.step:
                 self._look_around(step)
-            self._step(step)
+            self._step(self.optimizer.signals.step)
         return True
 
     def done(self) -> float:
@@ -196,7 +211,8 @@ class Trainer:
         """What is due between two steps."""
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
         if is_due and self.evaluated_at < step:  # a resumed run may have done it
-            self._record_evaluation(step, self._evaluate(self.validation_along))
+            self._record_evaluation(step, measures := self._evaluate(self.validation_along))
+            self.guard.evaluated(measures["loss"])
         is_due = self.checkpoint_every and step % self.checkpoint_every == 0
         if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
             self._save()
@@ -209,15 +225,19 @@ class Trainer:
         forget_peak(device)
         own = {name: self.own_batches[name].batch_at(step) for name in acting if name in self.own_batches}
         batch = None if own.keys() >= set(acting) else self.batches.batch_at(step)
-        report = self.optimizer.step(batch, own)
+        report = self.guard.taken(lambda: self.optimizer.step(batch, own))
+        if report is None:
+            return
         norms, own = self.update_norms.after(), self.optimizer.objectives
         row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
+        row |= self.guard.told()
         self.totals.add(row)
         if self.keeper:
             self.keeper.stepped(report)
         if self.records:
             self.folder.append(self.folder.metrics, row)
         self.display.stepped(row, self.done())
+        self.guard.stepped(report.loss)
 
     # ------------------------------------------------------------ beginning and end
 
@@ -243,6 +263,8 @@ class Trainer:
             self.display.say("evaluating before the first step ...")
             self.before = self._evaluate(self.validation)
             self._record_evaluation(0, self.before)
+        along = self.validation_along  # the rows that the guard will go on seeing
+        self.guard.begin(lambda: self.before if along is self.validation else self._evaluate(along))
 
     def _end(self) -> Summary:
         if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest
@@ -277,6 +299,7 @@ class Trainer:
             shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
             seconds=self.optimizer.signals.seconds,
             peak_memory_bytes=self.totals.peak_memory_bytes,
+            roll_backs=self.guard.roll_backs,
             finished=finished,
         )
 
@@ -315,12 +338,16 @@ class Trainer:
             "attribution": self.attribution.state_dict(),
             "before": self.before,
             "random": random_state(self.optimizer.engine.device),
+            "divergence": self.guard.state_dict(),
         }
 
     def _saved_after(self, error: UserError) -> str:
         """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
         together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
-        if isinstance(error, CannotWriteError) or not (together and self.optimizer.engine.is_finite()):
+        ours = together and not isinstance(
+            error, CannotWriteError | DriftError
+        )  # drift is of weights that somebody else wrote
+        if not (ours and self.optimizer.engine.is_finite()):
             return ""
         try:
             return self._save()
@@ -345,6 +372,7 @@ class Trainer:
         self.attribution.load_state_dict(state["attribution"])
         self.before = state["before"]
         put_back(state["random"], self.optimizer.engine.device)
+        self.guard.load_state_dict(state["divergence"])
         if self.records:
             self.folder.drop_after(self.optimizer.signals.step)
         self.ranks.wait()

@@ -27,6 +27,7 @@ from hybrid_opt.config.engines import LocalEngine, ZeroEngine
 from hybrid_opt.config.rewards import Generation
 from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.engines.zero import join_ranks
+from hybrid_opt.errors import DivergedError
 from hybrid_opt.estimators.probing import NoiseSum
 from hybrid_opt.noise.keys import Key
 from hybrid_opt.objectives.contract import FunctionObjective
@@ -854,6 +855,67 @@ def resumed(folder):
             engine = lambda stage=stage, settings=settings: zero(stage, **settings)  # noqa: E731
             result[f"{name} {stage}"] = interrupted(file, engine, place, at=2, steps=4)
     return result
+
+
+def fails_at_nine_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """In the third step."""
+    return token_losses(model, batch) * (float("nan") if batch["input_ids"].shape[1] == 9 else 1.0)
+
+
+def rolled_back(engine, place: Path) -> Run:
+    """Two steps, a third without a loss, back to the weights after the first, and two steps more."""
+    taken = Run(schedule_file(BLEND, backprop=SGD), engine, losses=fails_at_nine_tokens).take(1)
+    ranks, optimizer = taken.engine.ranks, taken.optimizer
+    saved = save_checkpoint(place, 1, ranks, lambda folder: optimizer.state_dict(folder / "engine"))
+    try:
+        taken.take(2)
+    except DivergedError:
+        optimizer.roll_back(load_checkpoint(saved, ranks.rank), saved / "engine")
+        optimizer.skip_step()
+    taken.take(2)
+    assert optimizer.signals.step == 5
+    taken.engine.leave()
+    return taken
+
+
+def said_of(value: float, stage: int, *, after_update: bool) -> str:
+    """What all ranks say where rank 1 writes a value into its part of the last layer, in the update of a step or before it."""
+    taken = Run(schedule_file(ONLY_ES), zero(stage))
+    engine, apply = taken.engine, taken.engine.apply
+    taken.optimizer.checks.drift_every = 1
+    taken.take(1)
+
+    def write(*arguments):
+        if after_update:
+            apply(*arguments)
+        if engine.ranks.rank == 1:
+            engine.stage.weights(engine.parameters["lm_head.weight"])[0][3] = value
+
+    try:
+        if after_update:
+            engine.apply = write
+        else:
+            write()
+        taken.take(1)
+        said = ""
+    except UserError as error:
+        said = f"{type(error).__name__}: {error}"
+    taken.engine.leave()
+    return said if same_on_all_ranks(engine, "lm_head.weight" in said) else ""
+
+
+@scenario(2)
+def diverging(folder):
+    with alone():
+        reference = rolled_back(LocalEngine(type="local", device="cpu"), folder / f"local-{os.environ['RANK']}")
+    return {
+        str(stage): compared(rolled_back(zero(stage), folder / f"back-{stage}"), reference)
+        | {
+            "lost": said_of(float("inf"), stage, after_update=True),
+            "drifted": said_of(0.5, stage, after_update=False),
+        }
+        for stage in STAGES
+    }
 
 
 @scenario(2)

@@ -218,7 +218,8 @@ def test_a_loss_that_blows_up_stops_and_weights_that_are_lost_are_not_saved(writ
         "schedule": {"type": "single", "estimator": "backprop"},
     }
     with pytest.raises(
-        UserError, match=r"estimator backprop: the loss is nan; lower the learning rates.*gradient_clipping$"
+        UserError,
+        match=r"^step 1: after the update parameter model.embed_tokens.weight has values that are not finite; .*gradient_clipping$",
     ):
         train(write_run(**LM, training={"steps": 5, "batch_size": 4, "probe_rows": 0}, schedule=wild))
     assert not checkpoints(tmp_path / "out/checkpoints")
