@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hybrid_opt.config.yaml_text import parse_yaml
 from hybrid_opt.errors import UserError
 
 
@@ -30,13 +29,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg}); {_MEND}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {where}not YAML; {_MEND}") from None
+        document = json.loads(text) if path.suffix == ".json" else parse_yaml(text, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_MEND}") from None
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: {line}not JSON ({getattr(error, 'msg', error)}); {_MEND}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys and values; {_MEND}")
     return document
@@ -55,10 +53,11 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also a number of 5000 digits, or brackets without end
             if number == len(lines):
                 return rows, True
-            raise UserError(f"{path}: line {number}: not JSON ({error.msg}); mend or delete the line") from None
+            problem = getattr(error, "msg", error)
+            raise UserError(f"{path}: line {number}: not JSON ({problem}); mend or delete the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}: line {number}: expected keys and values in braces; mend or delete the line")
         rows.append(row)

@@ -23,8 +23,9 @@ from typing import Any
 
 import yaml
 
-from hybrid_opt.config.loading import YAML_12_FLOAT
+from hybrid_opt.config.yaml_text import YAML_12_FLOAT, read_yaml
 from hybrid_opt.errors import UserError
+from hybrid_opt.reports.files import read_lines
 
 REPORTS = ("report.html", "report.md", "report.json", "report.png")
 CONTENTS = (
@@ -61,7 +62,7 @@ def remove_entries(folder: Path, names: Iterable[str]) -> None:
     """Remove these files and folders, as far as they are there."""
     for name in names:
         entry = folder / name
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():  # what a link leads to is not ours
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
@@ -135,7 +136,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote; empty if nothing was."""
-        return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        return read_yaml(self.config) if self.config.exists() else {}
 
     def append(self, path: Path, row: dict[str, Any]) -> None:
         """One JSON line at the end of a file."""
@@ -143,10 +144,12 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def rows(self, path: Path) -> list[dict[str, Any]]:
-        """The lines of a file that `append` wrote; none if there is no file."""
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        """The lines of a file that `append` wrote, but for a last one that is half written; none if there is no file.
+
+        Raises:
+            UserError: another line is damaged.
+        """
+        return read_lines(path)[0]
 
     def drop_after(self, step: int) -> None:
         """Forget what was recorded of steps from `step` on, because they are taken again."""
