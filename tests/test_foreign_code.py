@@ -193,6 +193,7 @@ class Evil:
         return exec, (MARK,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_weights_run_nothing(place):
     run = load_run(write_run(place, copied_model(place)))
     (place / "theirs/model.safetensors").unlink()

@@ -200,5 +200,5 @@ def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:
     for part, (section, key) in itertools.product((p for p in parts if isinstance(p, dict)), FILES):
         values = part.get(section)
         name = values.get(key) if isinstance(values, dict) else None
-        if isinstance(name, str) and not os.path.exists(name):
+        if name and isinstance(name, str) and not os.path.exists(name):
             values[key] = next((str(folder / name) for folder in folders if os.path.exists(folder / name)), name)
