@@ -163,7 +163,7 @@ def chat(template: str, *messages) -> Arrange:
 
 def function(path: str, code: str = LOSSES, recipe: str = "alternate", **settings) -> Arrange:
     objective = {"type": "function", "function": path, **settings}
-    return run({**CAUSAL, "objective": objective, "schedule": recipe}, files={"losses.py": code})
+    return run({**CAUSAL, "objective": objective, "schedule": recipe}, "--allow-code", files={"losses.py": code})
 
 
 def interrupted(changes: dict) -> Arrange:

@@ -17,6 +17,14 @@ SchedulePath = Annotated[
     typer.Option("--schedule", help="Schedule file or shipped recipe in place of the run file's.", show_default=False),
 ]
 
+AllowCode = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Run the code that the run file names (module:function, trust_remote_code); look at it first.",
+    ),
+]
+
 
 def load(run: Path, overrides: list[str] | None, schedule: str | None):
     from hybrid_opt.config import load_run_and_source

@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hybrid_opt.cli.arguments import Overrides, quiet
+from hybrid_opt.cli.arguments import AllowCode, Overrides, quiet
 
 
 def bench(
@@ -103,6 +103,7 @@ def verify(
     json_file: Annotated[
         Optional[Path], typer.Option("--json", metavar="FILE", help="Write the rows there.", show_default=False)
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Measure what theory says of the estimators, on this machine; exit status 1 if anything disagrees."""
     from hybrid_opt.config import located
@@ -126,7 +127,9 @@ def verify(
     with StatusLine() as line:
         if chosen:
             with located(chosen[1]):
-                real = RealModel.load(chosen[0])  # whatever is wrong with it is said before anything is measured
+                real = RealModel.load(
+                    chosen[0], allow_code
+                )  # whatever is wrong with it is said before anything is measured
         known = list(measured(Trials(seed), line.show))
         line.show("")
         console.print(verify_table(known, "losses with known gradients", KNOWN))

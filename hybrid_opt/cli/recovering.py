@@ -5,7 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hybrid_opt.cli.arguments import quiet, rank
+from hybrid_opt.cli.arguments import AllowCode, quiet, rank
 from hybrid_opt.errors import UserError
 
 RunFolderPath = Annotated[
@@ -22,6 +22,7 @@ def replay(
         Optional[Path],
         typer.Option("--output", help="Where the model goes; left out: RUN/replayed.", show_default=False),
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Make the model after any step of a run again from its ledger, without evaluating anything."""
     place = output or run / "replayed"
@@ -37,7 +38,7 @@ def replay(
 
     console = Console(quiet=rank() > 0)
     with console.status("replaying ...") as status:
-        found = replay_run(run, to_step, say=status.update)
+        found = replay_run(run, to_step, allow_code=allow_code, say=status.update)
     place.mkdir(parents=True, exist_ok=True)
     save_model(found.optimizer.engine, load_tokenizer(read_run(run).model), place)
     found.optimizer.engine.leave()

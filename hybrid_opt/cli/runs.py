@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from hybrid_opt.cli.arguments import Overrides, RunPath, SchedulePath, load, quiet, rank
+from hybrid_opt.cli.arguments import AllowCode, Overrides, RunPath, SchedulePath, load, quiet, rank
 from hybrid_opt.cli.resuming import command_that_resumes
 from hybrid_opt.errors import UserError
 
@@ -31,6 +31,7 @@ def train(
         Literal["auto", "dashboard", "lines", "none"],
         typer.Option(help="How the run is shown; auto: as a dashboard on a terminal, by lines elsewhere."),
     ] = "auto",
+    allow_code: AllowCode = False,
 ) -> None:
     """Train a model as a run file says."""
     if resume and overwrite:
@@ -57,7 +58,7 @@ def train(
 
     with located(source):
         shown = display_for(display, console, config.training.budget)
-        trainer = build(config, overwrite=overwrite, resume=resume is not None, display=shown)
+        trainer = build(config, allow_code=allow_code, overwrite=overwrite, resume=resume is not None, display=shown)
         summary = trainer.train()
     console.print(summary_table(summary))
     if summary.finished:
@@ -69,15 +70,19 @@ def train(
             console.print(line, **PLAIN)
 
 
-def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None) -> None:
+def check(
+    run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None, allow_code: AllowCode = False
+) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
     from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
     from hybrid_opt.config import located
+    from hybrid_opt.config.foreign_code import code_of, code_of_model, refuse_code
     from hybrid_opt.config.reporting import refuse_missing_packages
     from hybrid_opt.objectives.checking import check_data
 
     config, source = load(run, overrides, schedule)
     with located(source):
+        refuse_code(code_of_model(config.model), allow_code)  # nothing else that a run file names is needed here
         check_data(config)
         refuse_missing_packages(config.report_to)
         tables = [*policy_tables(config), *engine_notes(config), *objective_lines(config)]
@@ -87,6 +92,8 @@ def check(run: RunPath, overrides: Overrides = None, schedule: SchedulePath = No
     console = Console()
     for table in tables:
         console.print(table, highlight=False, soft_wrap=not isinstance(table, Table))
+    for key, what in code_of(config):
+        console.print(f"{key}: {what} is code; to train with it say --allow-code", highlight=False, soft_wrap=True)
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)
 
 
@@ -95,14 +102,18 @@ def plan(
     overrides: Overrides = None,
     schedule: SchedulePath = None,
     steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Steps to show; left out: all.")] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Show which estimators act when and what each costs, without loading the model."""
     from rich.console import Console
 
     from hybrid_opt.checking import cost_table, timeline
     from hybrid_opt.config import located
+    from hybrid_opt.config.foreign_code import code_of_model, refuse_code
 
     config, source = load(run, overrides, schedule)
+    with located(source):
+        refuse_code(code_of_model(config.model), allow_code)
     if (steps := steps or config.training.steps) is None:
         raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
     console = Console()

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Optional
 
 import typer
 
-from hybrid_opt.cli.arguments import quiet
+from hybrid_opt.cli.arguments import AllowCode, quiet
 
 
 def ablate(
@@ -17,6 +17,7 @@ def ablate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in the output folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the arms and their runs.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Compare ways of training at equal cost; the same command goes on with a study that was stopped."""
     from hybrid_opt.config import load_study
@@ -43,7 +44,7 @@ def ablate(
             line.show("")
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-        ablation = Ablation(plan, say=say, show=line.show, overwrite=overwrite)
+        ablation = Ablation(plan, say=say, show=line.show, overwrite=overwrite, allow_code=allow_code)
         complete = ablation.run()
     for table in result_tables(ablation.summaries, ablation.metric, plan.study.reference):
         console.print(table)

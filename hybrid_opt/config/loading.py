@@ -6,70 +6,17 @@ override is checked exactly as if it stood in the file. Next: `explaining.py`, t
 
 import copy
 import itertools
-import re
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from hybrid_opt.config.explaining import Source, validate
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.study import StudyFile
+from hybrid_opt.config.yaml_text import parse_yaml, read_yaml
 from hybrid_opt.errors import UserError, did_you_mean
-
-# ---------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice and reads `3e-5` as a number, as YAML 1.2 does."""
-
-    def construct_mapping(self, node, deep=False):
-        written = [node for node, _ in node.value if node.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in written]
-        for key, key_node in zip(keys, written, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-YAML_12_FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
-"""Tag, form and first characters of numbers such as 3e-5, which YAML 1.1 takes for texts."""
-_Loader.add_implicit_resolver(*YAML_12_FLOAT)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file is missing, unreadable, not YAML, or not a mapping.
-    """
-    try:
-        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: {_yaml_problem(error)}") from None
-    if not isinstance(document, dict):
-        raise UserError(f"{path}: expected keys and values such as 'output: runs/one', found {_kind(document)}")
-    return document
-
-
-def _yaml_problem(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-    return f"{where}{getattr(error, 'problem', None) or str(error).splitlines()[0]}"
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "nothing", list: "a list", str: "a text", dict: "keys and values"}
-    return names.get(type(value), f"a {type(value).__name__}")
-
 
 # ---------------------------------------------------------------- shipped recipes
 
@@ -89,7 +36,7 @@ def find_schedule(name: str, *folders: Path) -> Path:
         UserError: there is neither such a file nor such a recipe.
     """
     for path in (Path(name), *(folder / name for folder in folders)):
-        if path.is_file():
+        if os.path.isfile(path):  # False too for a name that no file can have
             return path
     shipped = recipes()
     if name in shipped:
@@ -211,16 +158,13 @@ def parse_override(text: str) -> Change:
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
         raise UserError(f"command line: {text!r} is not of the form section.field=value, such as training.steps=10")
-    try:
-        return key.split("."), yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"command line: {text!r}: {_yaml_problem(error)}") from None
+    return key.split("."), parse_yaml(value, f"command line: {text!r}")
 
 
 def _override(document: dict[str, Any], keys: list[str], value: Any, said_in: str = "command line") -> None:
     place: Any = document
     for depth, key in enumerate(keys[:-1]):
-        if isinstance(place, list) and key.isdigit() and int(key) < len(place):
+        if isinstance(place, list) and key in map(str, range(len(place))):
             place = place[int(key)]
         elif isinstance(place, dict):
             if place.get(key) is None:
@@ -228,7 +172,7 @@ def _override(document: dict[str, Any], keys: list[str], value: Any, said_in: st
             place = place[key]
         else:
             raise UserError(f"{said_in}: {'.'.join(keys)}: {'.'.join(keys[:depth])} has no field {key!r}")
-    if isinstance(place, list) and keys[-1].isdigit() and int(keys[-1]) < len(place):
+    if isinstance(place, list) and keys[-1] in map(str, range(len(place))):
         place[int(keys[-1])] = value
     elif isinstance(place, dict):
         place[keys[-1]] = value
@@ -256,5 +200,5 @@ def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:
     for part, (section, key) in itertools.product((p for p in parts if isinstance(p, dict)), FILES):
         values = part.get(section)
         name = values.get(key) if isinstance(values, dict) else None
-        if isinstance(name, str) and not Path(name).exists():
-            values[key] = next((str(folder / name) for folder in folders if (folder / name).exists()), name)
+        if name and isinstance(name, str) and not os.path.exists(name):
+            values[key] = next((str(folder / name) for folder in folders if os.path.exists(folder / name)), name)

@@ -10,12 +10,39 @@ from typing import Any
 
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.errors import UserError
+from hybrid_opt.config.yaml_text import read_text
+from hybrid_opt.errors import UserError, did_you_mean
 
 AUTO = "auto"
 OFFLOADING = ("offload_optimizer", "offload_param")
 ELSEWHERE = ("optimizer", "scheduler")
 """Sections of a DeepSpeed file that have their place in the schedule file instead."""
+MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
+PASSED_ON = frozenset(
+    (
+        *("zero_optimization", "bf16", "fp16", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        *(
+            "prescale_gradients",
+            "gradient_predivide_factor",
+            "gradient_allreduce_op",
+            "sparse_gradients",
+            "disable_allgather",
+        ),
+        *("communication_data_type", "data_types", "activation_checkpointing", "aio", "disable_python_gc"),
+        *(
+            "steps_per_print",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "comms_logger",
+            "flops_profiler",
+            "timers",
+        ),
+    )
+)
+"""What a DeepSpeed file may say. Others write to folders of their own (monitors, autotuning), import what they name (compile,
+torch_autocast), read pickles (checkpoint.load_universal), or have their place in the run file."""
 BUCKET = 50_000_000
 """Values in a buffer for gradients on their way. DeepSpeed's own default, 500 million, takes 2 GB whatever the model's size."""
 
@@ -168,30 +195,53 @@ class DeepSpeedSettings:
 def _read(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
+    where = f"engine.deepspeed_config: {path}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"engine.deepspeed_config: {path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed_config: {path}: cannot be read as JSON: {error}") from None
+        content = json.loads(read_text(Path(path)))
+    except UserError as error:
+        raise UserError(f"engine.deepspeed_config: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"engine.deepspeed_config: {path}: expected a JSON object, found {type(content).__name__}")
+        raise UserError(f"{where}: expected a JSON object, found {type(content).__name__}")
     for key in ELSEWHERE:
         if content.pop(key, AUTO) != AUTO:
             raise UserError(
-                f"engine.deepspeed_config: {path}: {key} belongs to the backprop estimator (optimizer, optimizer_arguments, "
+                f"{where}: {key} belongs to the backprop estimator (optimizer, optimizer_arguments, "
                 'learning_rate, learning_rate_schedule, warmup_steps); remove it, or write "auto"'
             )
-    for section in ("zero_optimization", "bf16", "fp16"):
+    for section in ("zero_optimization", "bf16", "fp16", "flops_profiler"):
         if not isinstance(content.get(section, {}), dict):
-            raise UserError(f"engine.deepspeed_config: {path}: {section} must hold keys and values")
-    devices = [content.get("zero_optimization", {}).get(key) for key in OFFLOADING]
-    if any(isinstance(device, dict) and device.get("device") == "nvme" for device in devices):
+            raise UserError(f"{where}: {section} must hold keys and values")
+    _refuse_elsewhere(content, where)
+    offloads = {key: content.get("zero_optimization", {}).get(key) or {} for key in OFFLOADING}
+    for key, offload in offloads.items():
+        if not isinstance(offload, dict):
+            raise UserError(f"{where}: zero_optimization.{key} must hold keys and values")
+    # An nvme_path beside another device is not looked at.
+    if any(offload.get("device") == "nvme" for offload in offloads.values()):
         raise UserError(
-            f"engine.deepspeed_config: {path}: offloading to nvme is not supported, because ES steps write the weights where "
+            f"{where}: offloading to nvme is not supported, because ES steps write the weights where "
             "they lie; write cpu"
         )
     return content
+
+
+def _refuse_elsewhere(content: dict[str, Any], where: str) -> None:
+    for key in content:
+        if key in MONITORS:
+            raise UserError(
+                f"{where}: {key} would write outside the run's folder; remove it, and write report_to in the run file"
+            )
+        if key not in PASSED_ON:
+            raise UserError(
+                f"{where}: {key} is not among the sections that are passed on to DeepSpeed{did_you_mean(key, PASSED_ON)}; remove it "
+                f"(passed on: {', '.join(sorted(PASSED_ON))})"
+            )
+    if content.get("flops_profiler", {}).get("output_file") is not None:
+        raise UserError(
+            f"{where}: flops_profiler.output_file would write outside the run's folder; remove it, and the profile is printed"
+        )
 
 
 def _sizes(hidden_size: int | None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The engine for many processes: weights under DeepSpeed ZeRO. The only file that imports deepspeed. Next: `idle_state.py`.
+"""The engine for many processes: weights under DeepSpeed ZeRO; imports deepspeed, as only `zero_checkpoint.py` does too. Next: `idle_state.py`.
 
 One idea: DeepSpeed keeps what backprop may own, in its way, and every update ends in both of the places where a weight lives:
 the float32 master, which the next optimizer step starts from, and the copy that forward passes use.
@@ -42,9 +42,10 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
 from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 
+from hybrid_opt.engines import zero_checkpoint
+
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 GRADIENT_BUFFERS = (OffloadStateTypeEnum.lp_grads, OffloadStateTypeEnum.contiguous_grad_buffer)
-TAG = "deepspeed"
 
 
 def join_ranks() -> Ranks:
@@ -244,7 +245,7 @@ class ZeroEngine:
         """DeepSpeed's own checkpoint, and the weights that its optimizer does not have: at stages 1 and 2 rank 0's serve all."""
         if self.owned:
             self.idle.bring_back()
-            self.deepspeed.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+            zero_checkpoint.save(self.deepspeed, folder)
         mine = self.config.zero_stage == 3 or self.ranks.rank == 0
         direct = set(self.movable) - self.owned if mine else ()
         saved = self.model.state_dict()
@@ -261,7 +262,7 @@ class ZeroEngine:
             if self.has_gradients:  # of a step that was not taken: they would be added to the next one's
                 self.deepspeed.step()
                 self.has_gradients = False
-            self.deepspeed.load_checkpoint(str(folder), tag=TAG)
+            zero_checkpoint.load(self.deepspeed, folder)
             self.stage.relink_state()
         buffers = dict(self.model.named_buffers())
         for name, buffer in state["buffers"].items():

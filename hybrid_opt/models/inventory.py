@@ -4,6 +4,7 @@ One idea: names, shapes and kinds of modules follow from a model's configuration
 memory for weights, and kept in the cache folder; from then on no torch needs to be imported to answer.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -35,7 +36,7 @@ def inventory(config: Model, lora: Lora | None) -> Inventory:
             Path(__file__).with_name("smollm2_135m.json")
         )  # the demo's model answers at once the first time too
     path = cache_folder() / "inventories" / f"{_fingerprint(config, lora)}.json"
-    if path.exists():
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # absent, or cut off: it is made anew
         return _read(path)
     found = _work_out(config, lora)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ One idea: an alias is only a way to get a local folder; after that there is one 
 """
 
 import importlib.metadata
+import itertools
 import os
 import re
 import shutil
@@ -54,6 +55,7 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
             model = model.to(dtype)
         else:
+            architecture(config)  # refuses what its config.json must not ask for
             model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
             _align(model)
         return with_adapters(model, lora)
@@ -67,7 +69,8 @@ def is_export(name: str | None) -> bool:
 def _origin(config: Model) -> Model:
     """The model that an export starts from, which has its architecture and tokenizer."""
     while config.tokenizer is None and is_export(config.name):
-        config = load_run(Path(config.name) / "run.yaml").model
+        origin = load_run(Path(config.name) / "run.yaml").model
+        config = origin.model_copy(update={"trust_remote_code": config.trust_remote_code})  # the file may be anybody's
     return config
 
 
@@ -75,7 +78,7 @@ def _replayed(config: Model) -> PreTrainedModel:
     """What an export stands for: another model, with the steps of its ledger taken."""
     from hybrid_opt.recovery.replaying import replay  # which loads that other model by this module
 
-    model = replay(Path(config.name)).optimizer.engine.model
+    model = replay(Path(config.name), allow_code=config.trust_remote_code).optimizer.engine.model
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     return model.to(getattr(torch, config.dtype))
 
@@ -102,11 +105,14 @@ def architecture(config: Model) -> PretrainedConfig:
     """The transformers configuration of a model, without its weights.
 
     Raises:
-        UserError: no such model or architecture, or a key that the architecture does not have.
+        UserError: no such model or architecture, a key that the architecture does not have, or kernels that are code from the hub.
     """
     config = _origin(config)
     if config.config is None:
-        return _from_pretrained(AutoConfig, config, config.name, "model.name")
+        found = _from_pretrained(AutoConfig, config, config.name, "model.name")
+        if not config.trust_remote_code:
+            _refuse_kernels(found, config.name)
+        return found
     settings = dict(config.config)
     kind = settings.pop("model_type")
     try:
@@ -124,6 +130,17 @@ def architecture(config: Model) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **settings)
     except Exception as error:  # transformers raises many kinds here, depending on the field
         raise UserError(f"model.config: {' '.join(str(error).split())}") from None
+
+
+def _refuse_kernels(found: PretrainedConfig, name: str) -> None:
+    """A config.json may name a repository of compiled code in place of an implementation, which transformers would fetch and run."""
+    parts = (found, *(getattr(found, part, None) for part in found.sub_configs))
+    for part, kind in itertools.product(parts, ("_attn_implementation", "_experts_implementation")):
+        if "/" in str(asked := getattr(part, kind, None)):
+            raise UserError(
+                f"model.name: {name!r} asks for {asked!r} as {kind[1:]}, which is code from the hub; remove it from its config.json, or "
+                "look at that code and write trust_remote_code: true"
+            )
 
 
 def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
@@ -153,6 +170,7 @@ def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
     if key == "model.name" and Path(place).is_dir() and not (Path(place) / "config.json").exists():
         raise UserError(f"model.name: {name!r} is a folder without config.json, so it holds no transformers model")
     try:
+        # Pickled weights too are read as tensors only: weights_only is transformers' default.
         return auto_class.from_pretrained(
             place, revision=config.revision, trust_remote_code=config.trust_remote_code, **options
         )

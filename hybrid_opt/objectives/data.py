@@ -55,7 +55,7 @@ def _load(source: str, subset: str | None, split: str, key: str) -> datasets.Dat
         rows = _read(path, source, subset, split)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # datasets, pyarrow and readers of other formats raise many kinds
         if path.suffix == ".jsonl":
             try:
                 jsonl.columns(path)  # raises with the broken line's number

@@ -30,6 +30,8 @@ def _object(line: str, where: str) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits, or brackets without end
+        raise UserError(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f'{where}: expected an object such as {{"text": "..."}}, found {line.strip()[:40]!r}')
     return row

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid_opt.config.foreign_code import code_of_model, refuse_code
 from hybrid_opt.config.loading import load_run
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.errors import UserError
@@ -31,17 +32,25 @@ class Replayed:
     """Step of the snapshot from which the ledger led there; 0: the model at the start."""
 
 
-def replay(source: Path, to_step: int | None = None, *, say: Callable[[str], None] = lambda line: None) -> Replayed:
+def replay(
+    source: Path,
+    to_step: int | None = None,
+    *,
+    allow_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Replayed:
     """Make the weights after a step of a run again.
 
     Args:
         source: a run folder, or what `export` wrote.
         to_step: how many steps of the run to take; None: as many as possible.
+        allow_code: whether Python code that comes with the model at the start may run.
 
     Raises:
         UserError: the folder holds no run with a ledger, no way leads to the step, or the model is another than the run's.
     """
     ledger, run = find_ledger(source), read_run(source)
+    refuse_code(code_of_model(run.model), allow_code)
     optimizer = _untrained(run)
     ranks = optimizer.engine.ranks
     way = Way.through(source, ledger, description_of(optimizer.engine))

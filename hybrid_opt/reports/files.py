@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from hybrid_opt.config.yaml_text import parse_yaml
 from hybrid_opt.errors import UserError
 from hybrid_opt.training.json_lines import JsonLines
 
@@ -30,13 +29,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if text is None:
         return {}
     try:
-        document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: line {error.lineno}: not JSON ({error.msg}); {_MEND}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {where}not YAML; {_MEND}") from None
+        document = json.loads(text) if path.suffix == ".json" else parse_yaml(text, str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {_MEND}") from None
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: {line}not JSON ({getattr(error, 'msg', error)}); {_MEND}") from None
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected keys and values; {_MEND}")
     return document

@@ -53,9 +53,10 @@ class Ablation:
         say: is given lines about what happened.
         show: is given a line about what is happening.
         overwrite: begin anew.
+        allow_code: let the runs execute the code that their run files name.
 
     Raises:
-        UserError: see `StudyFolder.take` and `standing`.
+        UserError: see `StudyPlan.refuse_code`, `StudyFolder.take` and `standing`.
     """
 
     def __init__(
@@ -65,7 +66,10 @@ class Ablation:
         say: Callable[[str], None],
         show: Callable[[str], None] = lambda text: None,
         overwrite: bool = False,
+        allow_code: bool = False,
     ):
+        plan.refuse_code(allow_code)
+        self.allow_code = allow_code
         self.plan, self.study, self.say, self.show = plan, plan.study, say, show
         self.threads = self.study.threads or max(1, available_cores() // self.study.processes)
         self.folder = StudyFolder(self.study.output)
@@ -180,7 +184,7 @@ class Ablation:
         outcome = standing(run)
         if outcome.status != "finished":
             with self._shown(name):
-                outcome = train(run, threads=self.threads, stop=self.stop, lock=self.lock)
+                outcome = train(run, allow_code=self.allow_code, threads=self.threads, stop=self.stop, lock=self.lock)
             self.say(f"{name}: {_told(outcome)}")
         return outcome
 

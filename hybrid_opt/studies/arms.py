@@ -13,9 +13,11 @@ from typing import Any
 
 import yaml
 
-from hybrid_opt.config.loading import Change, load_changed, read_yaml
+from hybrid_opt.config.foreign_code import code_of, refuse_code
+from hybrid_opt.config.loading import Change, load_changed
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.study import BaselineName, Changes, StudyBudget, StudyFile, is_field
+from hybrid_opt.config.yaml_text import read_yaml
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.studies.baselines import baseline
 
@@ -82,12 +84,21 @@ class StudyPlan:
         self.cells = [
             self._cell(task, budget, arm) for task in self.tasks for budget in study.budgets for arm in self.arms
         ]
-        for cell in self.cells:
-            if self.run(cell, study.seeds[0], Path(study.output)).data.validation is None:
+        self.runs = [self.run(cell, study.seeds[0], Path(study.output)) for cell in self.cells]
+        for cell, run in zip(self.cells, self.runs, strict=True):
+            if run.data.validation is None:
                 raise UserError(
                     f"{path}: task {cell.task!r}, arm {cell.arm.name!r}: data.validation is missing, and arms are compared by "
                     "their loss or reward on held-out rows; write a file, a split, or a fraction such as 0.1"
                 )
+
+    def refuse_code(self, allowed: bool) -> None:
+        """Raise UserError, naming arm and key, if a run names code and nobody has allowed it."""
+        for cell, run in zip(self.cells, self.runs, strict=True):
+            try:
+                refuse_code(code_of(run), allowed)
+            except UserError as error:
+                raise UserError(f"{self.path}: task {cell.task!r}, arm {cell.arm.name!r}: {error}") from None
 
     def run(self, cell: Cell, seed: int, folder: Path, *changes: Change) -> RunFile:
         """The run of a cell with a seed, that writes to a folder; further changes come last."""

@@ -75,10 +75,11 @@ def standing(run: RunFile) -> Outcome:
     return Outcome("finished", summary)
 
 
-def train(run: RunFile, *, threads: int, stop: Stop, lock: int | None = None) -> Outcome:
+def train(run: RunFile, *, allow_code: bool = False, threads: int, stop: Stop, lock: int | None = None) -> Outcome:
     """Train a run to its end, from its newest checkpoint if it has one.
 
     Args:
+        allow_code: let it execute the code that the run file names.
         threads: threads of the process.
         stop: looked at again and again.
         lock: a file descriptor that the process keeps open, so that a lock on it is held as long as the process lives.
@@ -89,7 +90,8 @@ def train(run: RunFile, *, threads: int, stop: Stop, lock: int | None = None) ->
         file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, dump_yaml(run.model_dump(mode="json", exclude_none=True)))
     goes_on = folder.saved_step() is not None
-    command = [sys.executable, "-m", "hybrid_opt", "train", str(file), "--resume" if goes_on else "--overwrite"]
+    options = ["--resume" if goes_on else "--overwrite", *(["--allow-code"] if allow_code else [])]
+    command = [sys.executable, "-m", "hybrid_opt", "train", *options, "--", str(file)]
     with log.open("a" if goes_on else "w", encoding="utf-8") as out:
         process = subprocess.Popen(
             command,

@@ -13,6 +13,7 @@ from hybrid_opt.config.data import Data
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.foreign_code import code_of, refuse_code
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
@@ -53,17 +54,27 @@ class ExampleData(Protocol):
         ...
 
 
-def build(run: RunFile, *, overwrite: bool = False, resume: bool = False, display: Display | None = None) -> Trainer:
+def build(
+    run: RunFile,
+    *,
+    allow_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    display: Display | None = None,
+) -> Trainer:
     """A Trainer for a run file, ready to train.
 
     Args:
+        allow_code: run the code that the run file names: functions of the user's own (`module:function`), and what comes with a
+            model (`trust_remote_code`).
         overwrite: replace the run that the output folder holds.
         resume: go on from the newest checkpoint there.
         display: what shows the progress; None: as `display_for` chooses.
 
     Raises:
-        UserError: anything in the run file that does not fit the data, the model or the machine.
+        UserError: anything in the run file that does not fit the data, the model or the machine, or code that is not allowed.
     """
+    refuse_code(code_of(run), allow_code)
     folder = RunFolder(run.output)
     folder.check(overwrite=overwrite, resume=resume)
     if overwrite:

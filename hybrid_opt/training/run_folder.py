@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from hybrid_opt.config.loading import YAML_12_FLOAT
+from hybrid_opt.config.yaml_text import YAML_12_FLOAT, read_yaml
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import checkpoints, step_of
 from hybrid_opt.training.durable import ASIDE, write_atomically, writing
@@ -70,7 +70,7 @@ def remove_entries(folder: Path, names: Iterable[str]) -> None:
     """Remove these files and folders, as far as they are there."""
     for name in names:
         entry = folder / name
-        if entry.is_dir():
+        if entry.is_dir() and not entry.is_symlink():  # what a link leads to is not ours
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
@@ -142,7 +142,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """What `write_config` wrote; empty if nothing was."""
-        return yaml.safe_load(self.config.read_text(encoding="utf-8")) if self.config.exists() else {}
+        return read_yaml(self.config) if self.config.exists() else {}
 
     def recorded(self) -> tuple[JsonLines, JsonLines]:
         """The lines of `metrics` and of `evaluations`, read one at a time."""

@@ -8,7 +8,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hybrid_opt.config import RunFile, ScheduleFile, load_run, load_schedule, recipes
-from hybrid_opt.config.loading import read_yaml
 from hybrid_opt.errors import UserError
 from hybrid_opt.training.run_folder import RunFolder
 from tests.conftest import GLASS, SPAM, run_document
@@ -84,25 +83,6 @@ def test_json_schema_takes_a_file_or_a_task():
 # ---------------------------------------------------------------- reading YAML
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("3e-5", 3e-5),
-        ("1e3", 1000.0),
-        ("-2E+4", -2e4),
-        ("+1.5e2", 150.0),
-        ("2.e1", 20.0),
-        (".5", 0.5),
-        ("3.0e-5", 3e-5),
-    ],
-)
-def test_yaml_numbers(tmp_path, text, value):
-    (tmp_path / "a.yaml").write_text(f"a: {text}\nb: '{text}'\n")
-    document = read_yaml(tmp_path / "a.yaml")
-    assert (document["a"], type(document["a"])) == (value, float)
-    assert document["b"] == text
-
-
 def test_a_learning_rate_written_3e_5(tmp_path, write_run):
     (tmp_path / "s.yaml").write_text(
         "estimators: {es: {type: es, learning_rate: 3e-5}}\nschedule: {type: single, estimator: es}\n"
@@ -110,21 +90,6 @@ def test_a_learning_rate_written_3e_5(tmp_path, write_run):
     run = load_run(write_run(schedule=str(tmp_path / "s.yaml")), ["schedule.estimators.es.sigma=2e-2"])
     assert run.schedule.estimators["es"].learning_rate == 3e-5
     assert run.schedule.estimators["es"].sigma == 0.02
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: 1\nb: 2\na: 3\n", r"line 1, column 1: key 'a' is written twice"),
-        ("a: {b: [}\n", r"line 1, column 9: "),
-        ("- a\n", r"expected keys and values such as .*, found a list"),
-        ("", r"expected keys and values such as .*, found nothing"),
-    ],
-)
-def test_files_that_are_not_mappings(tmp_path, text, message):
-    (tmp_path / "a.yaml").write_text(text)
-    with pytest.raises(UserError, match=rf"a\.yaml: {message}"):
-        load_run(tmp_path / "a.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path):

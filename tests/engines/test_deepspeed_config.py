@@ -267,10 +267,58 @@ def test_json_that_is_no_object_is_named(settings, text, kind):
         settings(text)
 
 
-@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "fp16"])
+@pytest.mark.parametrize("section", ["zero_optimization", "bf16", "fp16", "flops_profiler"])
 def test_a_section_that_holds_no_keys_is_named(settings, section):
     with pytest.raises(UserError, match=rf"ds\.json: {section} must hold keys and values"):
         settings({section: True})
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (
+            {"tensorboard": {"enabled": True, "output_path": "/tmp"}},
+            "tensorboard would write outside the run's folder; .*report_to",
+        ),
+        ({"csv_monitor": {"enabled": True, "output_path": "../x"}}, "csv_monitor would write outside the run's folder"),
+        ({"wandb": {}}, "wandb would write outside"),
+        ({"comet": {}}, "comet would write outside"),
+        (
+            {"flops_profiler": {"enabled": True, "output_file": "/tmp/x"}},
+            r"flops_profiler\.output_file would write outside",
+        ),
+        ({"autotuning": {"results_dir": "/tmp"}}, "autotuning is not among the sections"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint is not among the sections"),
+        ({"compile": {"backend": "evil.backend"}}, "compile is not among the sections"),
+        ({"torch_autocast": {"lower_precision_safe_modules": ["evil.X"]}}, "torch_autocast is not among the sections"),
+        ({"data_efficiency": {}}, "data_efficiency is not among the sections"),
+        ({"datastates_ckpt": {}}, "datastates_ckpt is not among the sections"),
+        ({"zero_optimisation": {}}, r"zero_optimisation is not among .* \(did you mean 'zero_optimization'\?\)"),
+    ],
+)
+def test_what_writes_elsewhere_or_runs_code_is_refused(settings, file, message):
+    with pytest.raises(UserError, match=rf"^engine\.deepspeed_config: .*ds\.json: {message}"):
+        settings(file)
+
+
+def test_what_only_prints_is_passed_on(settings):
+    file = {
+        "flops_profiler": {"enabled": True, "output_file": None},
+        "comms_logger": {"enabled": True},
+        "dump_state": True,
+    }
+    config = whole(settings(file))
+    assert {key: config[key] for key in file} == file
+
+
+def test_a_path_that_is_not_used_is_no_harm(settings):
+    settings({"zero_optimization": {"offload_optimizer": {"device": "none", "nvme_path": "/local_nvme"}}})
+
+
+@pytest.mark.parametrize("text", ['{"a": ' + "[" * 100_000, '{"gradient_clipping": ' + "9" * 5000 + "}"])
+def test_json_without_end_is_named(settings, text):
+    with pytest.raises(UserError, match=r"ds\.json: cannot be read as JSON"):
+        settings(text)
 
 
 def test_the_file_itself_is_not_changed(settings):

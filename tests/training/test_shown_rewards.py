@@ -41,7 +41,7 @@ def shown(tmp_path_factory):
     path.write_text(json.dumps(document(folder / "out")))
     console = Console(record=True, width=110, height=30, force_terminal=True, file=io.StringIO())
     with pytest.warns(RuntimeWarning, match="fails_for_some: raised ValueError: nine"):
-        build(load_run(path), display=Dashboard(console)).train()
+        build(load_run(path), allow_code=True, display=Dashboard(console)).train()
     return folder / "out", console.file.getvalue()
 
 

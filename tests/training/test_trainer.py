@@ -262,6 +262,7 @@ def test_a_model_from_random_weights_and_a_function_of_ones_own(write_run, tmp_p
         write_run(**LM | {"objective": {"type": "function", "function": "my_losses:per_example"}}, model=model,
                   training={"steps": 8, "batch_size": 4, "probe_rows": 0}, schedule=ALTERNATE),
         "schedule.estimators.backprop.learning_rate=1e-2",
+        allow_code=True,
     )  # fmt: skip
     assert summary.before["loss"] == pytest.approx(6.93, abs=0.05)  # log 1024: it knows nothing
     assert summary.after["loss"] < 6.9

@@ -49,8 +49,11 @@ class RealModel:
     """The one that estimates are made for, and another."""
 
     @classmethod
-    def load(cls, run: RunFile) -> "RealModel":
+    def load(cls, run: RunFile, allow_code: bool = False) -> "RealModel":
         """Load everything that a run file names.
+
+        Args:
+            allow_code: as for `build`.
 
         Raises:
             UserError: it does not fit together, or there is no gradient to compare with.
@@ -61,7 +64,7 @@ class RealModel:
             raise UserError(f"objective: {run.objective.type} has no gradient to compare estimates with")
         with TemporaryDirectory() as folder:  # nothing is written there either
             quiet = run.model_copy(update={"output": f"{folder}/run", "report_to": "none"})
-            trainer = build(quiet, display=Silence())
+            trainer = build(quiet, allow_code=allow_code, display=Silence())
         return cls(run, trainer.optimizer, (trainer.batches.batch_at(0), trainer.batches.batch_at(1)))
 
     def measured(self, directions: int, show: Callable[[str], None]) -> Iterator[Quantity]:
