@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from hybrid_opt.engines.contract import Engine, is_spread
 from hybrid_opt.objectives.contract import Generates, Objective, count_examples, select
-from hybrid_opt.objectives.generators import generators_left_alone
+from hybrid_opt.objectives.generators import Generators
 from hybrid_opt.perturbations.factors import is_same
 from hybrid_opt.perturbations.swapping import owners_of, while_running
 
@@ -48,7 +48,7 @@ class Rehearsal:
 def rehearse(engine: Engine, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Rehearsal:
     """Evaluate the losses of one or two examples, and of the same ones twice over, at the model's own weights."""
     objective = objective.rehearsal() if isinstance(objective, Generates) else objective
-    with generators_left_alone(engine.device):  # after an interruption it is made once more
+    with Generators(engine.device).left_alone():  # after an interruption it is made once more
         (once, again, twice), examples = _runs(engine, objective, batch, parameters)
     fixed: dict[str, int] = {}
     scattered: dict[str, int] = {}

@@ -5,12 +5,13 @@ others.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from hybrid_opt.engines.inspection import weights_digest
-from hybrid_opt.errors import UserError
+from hybrid_opt.errors import DivergedError, DriftError, UserError
 from hybrid_opt.recovery.checkpoint import (
     base_of,
     checkpoints,
@@ -23,6 +24,7 @@ from hybrid_opt.recovery.checkpoint import (
 )
 from hybrid_opt.recovery.ledger import Ledger, read_steps
 from hybrid_opt.recovery.records import description_of
+from hybrid_opt.training.durable import CannotWriteError
 
 if TYPE_CHECKING:
     from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
@@ -39,6 +41,18 @@ class Keeping:
     replay_at_most: int = 100
 
 
+class Stateful(Protocol):
+    """A part of a run that remembers something from step to step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """It, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        ...
+
+
 class Keeper:
     """Writes a run's ledger and checkpoints, and loads them. All ranks call its methods together.
 
@@ -46,7 +60,7 @@ class Keeper:
         folder: the run's.
         optimizer: what is kept.
         config: the run's configuration, from which its model at the start can be had again; None: a script made it.
-        whole: whether every checkpoint is to have the weights.
+        consolidate: writes the whole model into a folder; then every checkpoint has the weights, and the model beside them.
         say: shows a line to the user.
     """
 
@@ -57,11 +71,14 @@ class Keeper:
         keeping: Keeping,
         *,
         config: Mapping[str, Any] | None,
-        whole: bool,
+        consolidate: Callable[[Path], None] | None,
         say: Callable[[str], None],
     ):
-        self.folder, self.optimizer, self.keeping, self.whole, self.say = folder, optimizer, keeping, whole, say
-        self.config, self.ranks = config, optimizer.engine.ranks
+        self.folder, self.optimizer, self.keeping = folder, optimizer, keeping
+        self.config, self.consolidate, self.say = config, consolidate, say
+        self.ranks = optimizer.engine.ranks
+        self.parts: dict[str, Stateful] = {}
+        """What else is kept, by name."""
         self.ledger = Ledger(
             folder.ledger, description_of(optimizer.engine, config is not None), writes=self.ranks.rank == 0
         )
@@ -97,33 +114,49 @@ class Keeper:
             return self.latest_is_lost and all(estimators[name].draws_noise for name in acting)
         return self.lost >= self.keeping.snapshots
 
-    def save(self, write: Callable[[Path, bool], Mapping[str, Any]]) -> Path:
-        """Save a checkpoint.
+    def state(self, place: Path, *, weights: bool = True) -> dict[str, Any]:
+        """What the next step depends on; the weights and what goes with them only where they are asked for.
 
         Args:
-            write: see `save_checkpoint`; also told whether weights belong to the state.
+            place: a new folder, for what is not in the state.
         """
-        step = self.optimizer.signals.step
-        whole = not self._is_reached(step)
+        if self.consolidate:
+            self.consolidate(place)
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"optimizer": self.optimizer.state_dict(place / "engine", weights=weights), **parts}
 
-        def state(place: Path) -> dict[str, Any]:
-            kept = write(place, whole)
-            return {**kept, **({} if whole else {"weights": weights_digest(self.optimizer.engine)})}
+    def save(self) -> str:
+        """Save a checkpoint, and say how to go on from it.
 
-        made = save_checkpoint(
-            self.folder.checkpoints,
-            step,
-            self.ranks,
-            state,
-            base=None if whole else self.base,
-            keep=self.keeping.keep_checkpoints,
-        )
-        if whole:
-            self.base, self.lost = step, 0
-        return made
+        Raises:
+            CannotWriteError: it cannot be written; the one before is whole.
+        """
+        with self.folder.saving(self.ranks.rank == 0):
+            self._save(self.optimizer.signals.step)
+        return f" (saved in {self.folder.path}; go on with the same command and --resume)"
 
-    def load(self) -> dict[str, Any]:
-        """Bring the optimizer to the latest checkpoint that is whole, and give that checkpoint's state.
+    def saved_after(self, error: UserError) -> str:
+        """Save before a run ends in an error, if there is something worth saving, and if all ranks are there to save."""
+        together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
+        others = isinstance(error, CannotWriteError | DriftError)  # drift is of weights that somebody else wrote
+        if others or not together or not self.optimizer.engine.is_finite():
+            return ""
+        try:
+            return self.save()
+        except CannotWriteError as unsaved:
+            return f"; and {unsaved}{self.folder.way_on()}"
+
+    def way_on_after(self, error: CannotWriteError) -> str:
+        """How to go on where something could not be written, from as late a step as can be saved now."""
+        is_newer = self.optimizer.signals.step > (self.folder.saved_step() or 0)
+        alone = self.ranks.world_size == 1
+        if is_newer and alone and error.path != self.folder.checkpoints and self.optimizer.engine.is_finite():
+            with suppress(CannotWriteError):
+                self.save()
+        return self.folder.way_on()
+
+    def load(self) -> None:
+        """Bring the run to the latest checkpoint that is whole.
 
         Raises:
             UserError: there is none, or it is of other ranks, or of another model.
@@ -141,17 +174,33 @@ class Keeper:
             self._refuse_other_weights(checkpoint, state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
         self.base, self.lost, self.latest_is_lost, self.next_step = start, 0, False, step
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
         self.ranks.wait()
         self.ledger.go_on_at(step)
-        return state
+        if self.ranks.rank == 0:
+            self.folder.drop_after(step)
+        self.ranks.wait()
 
     def finish(self) -> None:
         """The run is over: nothing is needed to go on from, and snapshots only if they were asked for."""
         remove_checkpoints(self.folder.checkpoints, light_only=self.keeping.snapshots != "checkpoint")
 
+    def _save(self, step: int) -> None:
+        whole = not self._is_reached(step)
+
+        def state(place: Path) -> dict[str, Any]:
+            digest = {} if whole else {"weights": weights_digest(self.optimizer.engine)}
+            return {**self.state(place, weights=whole), **digest}
+
+        base, keep = None if whole else self.base, self.keeping.keep_checkpoints
+        save_checkpoint(self.folder.checkpoints, step, self.ranks, state, base=base, keep=keep)
+        if whole:
+            self.base, self.lost = step, 0
+
     def _is_reached(self, step: int) -> bool:
         return (
-            not self.whole
+            not self.consolidate
             and self.base is not None
             and step - self.base <= self.keeping.replay_at_most
             and self.ledger.reaches(self.base, step)

@@ -7,15 +7,14 @@ the same batch and noise are not met again at the same weights, no step is taken
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.errors import DivergedError, UserError
 from hybrid_opt.recovery.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.keeping import Keeper
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
-from hybrid_opt.training.run_folder import RunFolder
 
 
 @dataclass
@@ -69,8 +68,7 @@ class Guard:
     """Keeps the best weights of a run and goes back to them; without a configuration it does nothing. All ranks together.
 
     Args:
-        folder: the run's, in which the best weights are kept; None: there is none.
-        write: writes a checkpoint of the run into a folder and returns the rest of this rank's state.
+        keeper: keeps the best weights, beside the run's checkpoints; None: there is no folder.
         say: tells the user a line.
         evaluates: whether there are evaluations along the way.
     """
@@ -80,21 +78,20 @@ class Guard:
         config: Divergence | None,
         optimizer: HybridOptimizer,
         attribution: Attribution,
-        folder: RunFolder | None,
-        write: Callable[[Path], Mapping[str, Any]],
+        keeper: Keeper | None,
         say: Callable[[str], None],
         *,
         evaluates: bool,
     ):
-        if config and config.action == "roll_back" and folder is None:
+        if config and config.action == "roll_back" and keeper is None:
             raise UserError("divergence: roll_back keeps the best weights in the output folder; pass output=...")
         if config and config.needs_evaluations and not evaluates:
             raise UserError(
                 "divergence: rises_for and roll_back go by evaluations along the way; pass validation=... and evaluate_every=..."
             )
         self.watch = Watch(config) if config else None
-        self.optimizer, self.attribution, self.write, self.say = optimizer, attribution, write, say
-        self.folder = folder.checkpoints / "best" if folder else None
+        self.optimizer, self.attribution, self.keeper, self.say = optimizer, attribution, keeper, say
+        self.folder = keeper.folder.checkpoints / "best" if keeper else None
         self.rolled_back: dict[str, Any] | None = None
         """The roll back that no line of the metrics has told of yet."""
 
@@ -158,7 +155,7 @@ class Guard:
 
     def _keep(self) -> None:
         if self.watch.config.action == "roll_back":
-            save_checkpoint(self.folder, self.optimizer.signals.step, self.optimizer.engine.ranks, self.write)
+            save_checkpoint(self.folder, self.optimizer.signals.step, self.optimizer.engine.ranks, self.keeper.state)
 
     def _act_on(self, reason: str) -> None:
         if reason:

@@ -5,7 +5,6 @@ what happened, so a loop of one's own around the same object gives the same weig
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
-from hybrid_opt.errors import DivergedError, DriftError, UserError
+from hybrid_opt.errors import UserError
 from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
-from hybrid_opt.objectives.generators import put_back, random_state
+from hybrid_opt.objectives.generators import Generators
 from hybrid_opt.recovery.keeping import Keeper, Keeping
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.curves import draw_curves
@@ -32,7 +31,7 @@ from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.integrations import Integrations, hyperparameters
 from hybrid_opt.training.interrupt import stop_requests
 from hybrid_opt.training.machine import describe_machine
-from hybrid_opt.training.metrics import evaluation_row, metrics_row
+from hybrid_opt.training.metrics import evaluation_row, measures_of, metrics_row
 from hybrid_opt.training.progress import Display, Displays, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
@@ -144,19 +143,26 @@ class Trainer:
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
-        self.keeper = self._keeper(keeping) if self.folder else None
         if self.records and reporters(report_to):
             shown = hyperparameters(config, self.optimizer, steps)
             tracked = Integrations(report_to, self.folder, shown, model, tokenizer, self.display.say)
             self.display = Displays(self.display, tracked)
-        parts = (
+        self.keeper = self._keeper(keeping, tokenizer) if self.folder else None
+        self.guard = Guard(
+            divergence,
             self.optimizer,
             self.attribution,
-            self.folder,
-            lambda place: self._state(place, True),
+            self.keeper,
             self.display.say,
+            evaluates=bool(evaluate_every and self.validation_along),
         )
-        self.guard = Guard(divergence, *parts, evaluates=bool(evaluate_every and self.validation_along))
+        if self.keeper:
+            device = self.optimizer.engine.device
+            self.keeper.parts |= {
+                "attribution": self.attribution,
+                "divergence": self.guard,
+                "random": Generators(device),
+            }
         self.before: dict[str, float] = {}
         self.totals, self.evaluated_at = Totals(), -1
 
@@ -176,7 +182,7 @@ class Trainer:
                 self.display.start(self.optimizer.signals.step, self.steps, *recorded)
                 return self._shown(stop_requested)
             except CannotWriteError as error:
-                raise CannotWriteError(f"{error}{self._way_on_after(error)}") from None
+                raise CannotWriteError(f"{error}{self.keeper.way_on_after(error)}") from None
             finally:
                 self.display.stop()
 
@@ -187,7 +193,8 @@ class Trainer:
         try:
             finished = self._loop(stop_requested)
         except UserError as error:
-            raise type(error)(f"{error}{self._saved_after(error)}") from None
+            saved = self.keeper.saved_after(error) if self.keeper else ""
+            raise type(error)(f"{error}{saved}") from None
         return self._end() if finished else self._interrupted()
 
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
@@ -198,7 +205,8 @@ class Trainer:
                 return False
             if step := self.optimizer.signals.step:
                 self._look_around(step)
-            self._step(self.optimizer.signals.step)
+            if step == self.optimizer.signals.step:  # no roll back
+                self._step(step)
         return True
 
     def done(self) -> float:
@@ -305,10 +313,6 @@ class Trainer:
 
     # ------------------------------------------------------------ measuring and recording
 
-    def _keeper(self, keeping: Keeping) -> Keeper:
-        how = {"config": self.config, "whole": self.consolidates, "say": lambda line: self.display.say(line)}
-        return Keeper(self.folder, self.optimizer, keeping, **how)
-
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
         return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
 
@@ -321,60 +325,27 @@ class Trainer:
 
     # ------------------------------------------------------------ checkpoints
 
+    def _keeper(self, keeping: Keeping, tokenizer: Any) -> Keeper:
+        def consolidate(place: Path) -> None:
+            save_model(self.optimizer.engine, tokenizer, place)
+
+        return Keeper(
+            self.folder,
+            self.optimizer,
+            keeping,
+            config=self.config,
+            consolidate=consolidate if self.consolidates else None,
+            say=lambda line: self.display.say(line),
+        )
+
     def _save(self) -> str:
         """Save a checkpoint, if there is a folder, and say how to go on from it. All ranks do this together."""
-        if not self.keeper:
-            return ""
-        with self.folder.saving(self.records):
-            self.keeper.save(self._state)
-        return f" (saved in {self.folder.path}; go on with the same command and --resume)"
-
-    def _state(self, checkpoint: Path, weights: bool) -> dict[str, Any]:
-        """What the next step depends on; the weights and what goes with them only where they are asked for."""
-        if self.consolidates:
-            save_model(self.optimizer.engine, self.tokenizer, checkpoint)
-        return {
-            "optimizer": self.optimizer.state_dict(checkpoint / "engine", weights=weights),
-            "attribution": self.attribution.state_dict(),
-            "before": self.before,
-            "random": random_state(self.optimizer.engine.device),
-            "divergence": self.guard.state_dict(),
-        }
-
-    def _saved_after(self, error: UserError) -> str:
-        """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
-        together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
-        ours = together and not isinstance(
-            error, CannotWriteError | DriftError
-        )  # drift is of weights that somebody else wrote
-        if not (ours and self.optimizer.engine.is_finite()):
-            return ""
-        try:
-            return self._save()
-        except CannotWriteError as unsaved:
-            return f"; and {unsaved}{self.folder.way_on()}"
-
-    def _way_on_after(self, error: CannotWriteError) -> str:
-        """How to go on where something could not be written, from as late a step as can be saved now."""
-        is_newer = self.optimizer.signals.step > (self.folder.saved_step() or 0)
-        if (
-            is_newer
-            and self.ranks.world_size == 1
-            and error.path != self.folder.checkpoints
-            and self.optimizer.engine.is_finite()
-        ):
-            with suppress(CannotWriteError):
-                self._save()
-        return self.folder.way_on()
+        return self.keeper.save() if self.keeper else ""
 
     def _load(self) -> None:
-        state = self.keeper.load()
-        self.attribution.load_state_dict(state["attribution"])
-        self.before = state["before"]
-        put_back(state["random"], self.optimizer.engine.device)
-        self.guard.load_state_dict(state["divergence"])
-        if self.records:
-            self.folder.drop_after(self.optimizer.signals.step)
-        self.ranks.wait()
+        self.keeper.load()
         metrics, evaluations = self.folder.recorded()
-        self.totals, self.evaluated_at = Totals(metrics), max((row["step"] for row in evaluations), default=-1)
+        self.totals = Totals(metrics)
+        for row in evaluations:
+            self.before = self.before or measures_of(row)
+            self.evaluated_at = row["step"]
