@@ -220,11 +220,9 @@ class ZeroEngine:
         return not self.ranks.any(lost is not None)
 
     def forward_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.forward_weights`; at stage 3 this rank's part, and small parameters, which are always whole, twice."""
+        """See `Engine.forward_weights`; at stage 3 this rank's part."""
         for name, p in self.model.named_parameters():
-            yield name, self.stage.weights(p)[0]
-            if getattr(p, "ds_persist", False):
-                yield name, p.data
+            yield name, self.stage.weights(p)[0] if is_spread(p) else p.data
 
     @torch.no_grad()
     def whole_weights(self) -> dict[str, Tensor] | None:

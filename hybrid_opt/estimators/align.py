@@ -26,8 +26,8 @@ class AlignEstimator:
 
     For small sigma `s = Z grad`, and this is the orthogonal projection of the gradient onto the directions' span: the g of least norm that
     has these slopes. Directions that are isotropic give `MSE / |grad|^2 = 1 - q/n` and `E cos^2 = q/n`. With orthogonal directions of
-    length sqrt(n) it is `spsa`'s estimate times q/n. K is solved by Cholesky in float64. A direction along which a loss is not finite is left
-    out: the projection is onto the span of the others.
+    length sqrt(n) it is `spsa`'s estimate times q/n. K is solved by Cholesky in float64. A direction along which a loss is not
+    finite is left out: the projection is onto the span of the others.
     """
 
     def __init__(self, config: Align):

@@ -57,7 +57,7 @@ class Cost:
     """Standard deviation of the members' losses (ES)."""
     statistics: Mapping[str, float] = field(default_factory=dict)
     """How good the estimate may be: `snr`, `gradient_norm` (antithetic ES), `cosine` and `rho2` (where backprop acted too); with a
-    reward also what was written, how many pairs were tied, ..."""
+    reward also what was written, how many pairs were tied, ...; `nonfinite_members` where losses were not finite"""
     is_empty: bool = False
     """Whether all members were equally good, or too many losses not finite, so that the estimate says nothing and is not applied."""
 

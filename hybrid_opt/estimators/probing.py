@@ -109,29 +109,39 @@ class Probe:
         losses = torch.empty(len(members), found.shape[1])
         losses[torch.tensor(dealt)] = engine.ranks.gather(found.cpu())
         losses = worst_for_missing(losses, losses.isnan()) if generates else losses
-        means = losses.mean(dim=1)
-        lost, perturbed = ~means.isfinite(), torch.tensor([member.sign != 0 for member in members])
-        if (lost & ~perturbed).any():
-            raise DivergedError("the loss at the weights as they are is not finite; lower the learning rates")
-        known, finite = ~lost.view(-1, together).any(dim=1), means[~lost]
-        seen, written = observed(objective.tally, engine.ranks) if generates else ({}, 0)
-        if generates and len(finite):
-            seen = {"reward": 0.0 - finite.mean().item()} | seen
-        if lost.any():
-            seen = seen | {"nonfinite_members": int(lost.sum())}
-        is_empty = bool(lost.sum() > self.config.max_nonfinite * perturbed.sum()) or not known.any()
-        cost = Cost(
-            loss=finite.mean().item() if len(finite) else None,
-            forwards=len(members),
-            backwards=0,
-            forward_equivalents=len(members) if examples is None else examples.numel() / count_examples(batch),
-            tokens=_tokens(batch, examples, len(members)) + written,
-            loss_spread=finite.std(correction=0).item() if len(finite) else None,
-            statistics=seen | ({"skipped": 1} if is_empty else {}),
-            is_empty=is_empty,
-        )
+        lost = self._lost(losses.mean(dim=1), members)
+        known = ~lost.view(-1, together).any(dim=1)
+        cost = self._cost(losses.mean(dim=1)[~lost], examples, len(members))
+        perturbed = sum(member.sign != 0 for member in members)
+        too_few = known.sum() * together < min(2, len(members))  # to compare
+        if too_few or lost.sum() > self.config.max_nonfinite * perturbed:
+            cost = replace(cost, statistics={**cost.statistics, "skipped": 1}, is_empty=True)
         losses = worst_for_missing(losses, lost[:, None].expand_as(losses), by_example=True)
         return Probed(losses, known, examples, cost)
+
+    def _lost(self, means: Tensor, members: Sequence[Member]) -> Tensor:
+        """Which members' mean loss is not finite, (members,) bool."""
+        lost = ~means.isfinite()
+        if any(member.sign == 0 and is_lost for member, is_lost in zip(members, lost.tolist(), strict=True)):
+            raise DivergedError("the loss at the weights as they are is not finite; lower the learning rates")
+        return lost
+
+    def _cost(self, means: Tensor, examples: Tensor | None, members: int) -> Cost:
+        """What an evaluation took and saw; means: of the members that have a loss, float32."""
+        generates = isinstance(self.objective, Generates)
+        seen, written = observed(self.objective.tally, self.engine.ranks) if generates else ({}, 0)
+        loss = means.mean().item() if len(means) else None
+        reward = {"reward": 0.0 - loss} if generates and loss is not None else {}
+        lost = {"nonfinite_members": members - len(means)} if len(means) < members else {}
+        return Cost(
+            loss=loss,
+            forwards=members,
+            backwards=0,
+            forward_equivalents=members if examples is None else examples.numel() / count_examples(self.batch),
+            tokens=_tokens(self.batch, examples, members) + written,
+            loss_spread=means.std(correction=0).item() if len(means) else None,
+            statistics=reward | seen | lost,
+        )
 
     def _examples(self, members: int) -> Tensor | None:
         """Numbers of the examples that each member sees, (members, k) int64; None for a batch without tensors.

@@ -101,6 +101,8 @@ def _facts(run: Run):
     asked = (run.config.get("training") or {}).get("steps")
     taken = run.summary.get("steps", len(run.steps))
     yield "steps", f"{count(taken)} of {count(asked)}" if asked and asked != taken else count(taken)
+    if back := run.summary.get("roll_backs"):
+        yield "roll backs", count(back)
     seconds = [step.seconds for step in run.steps]
     yield "time of training", duration(sum(seconds))
     before, after = _before_and_after(run)

@@ -1,7 +1,7 @@
 """Runs that diverge: they stop, or go on from their best weights with lower learning rates. Next: `trainer.py`.
 
-One idea: a roll back puts back everything that decides how good the weights are, and nothing that counts. Steps, schedule and data go on, so
-the same batch and noise are not met again at the same weights, no step is taken twice, and a budget that is spent stays spent.
+One idea: a roll back puts back everything that decides how good the weights are, and nothing that counts. Steps, schedule and data go
+on, so the same batch and noise are not met again at the same weights, no step is taken twice, and a budget that is spent stays spent.
 """
 
 import math

@@ -21,7 +21,7 @@ class StepReport:
     """Learning rate of each estimator that acted."""
     loss: float | None
     """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
-    evaluated, or only what estimators minimise instead."""
+    evaluated, no loss was finite, or only what estimators minimise instead was evaluated."""
     tokens: int
     """Tokens that forward passes processed."""
     seconds: float

@@ -862,13 +862,13 @@ def fails_at_nine_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return token_losses(model, batch) * (float("nan") if batch["input_ids"].shape[1] == 9 else 1.0)
 
 
-def rolled_back(engine, place: Path) -> Run:
-    """Two steps, a third without a loss, back to the weights after the first, and two steps more."""
-    taken = Run(schedule_file(BLEND, backprop=SGD), engine, losses=fails_at_nine_tokens).take(1)
+def rolled_back(engine, place: Path, at: int) -> Run:
+    """Two steps, a third without a loss, back to what was there after step `at`, and two steps more."""
+    taken = Run(schedule_file(BLEND, backprop=SGD), engine, losses=fails_at_nine_tokens).take(at)
     ranks, optimizer = taken.engine.ranks, taken.optimizer
-    saved = save_checkpoint(place, 1, ranks, lambda folder: optimizer.state_dict(folder / "engine"))
+    saved = save_checkpoint(place, at, ranks, lambda folder: optimizer.state_dict(folder / "engine"))
     try:
-        taken.take(2)
+        taken.take(3 - at)
     except DivergedError:
         optimizer.roll_back(load_checkpoint(saved, ranks.rank), saved / "engine")
         optimizer.skip_step()
@@ -906,16 +906,18 @@ def said_of(value: float, stage: int, *, after_update: bool) -> str:
 
 @scenario(2)
 def diverging(folder):
-    with alone():
-        reference = rolled_back(LocalEngine(type="local", device="cpu"), folder / f"local-{os.environ['RANK']}")
-    return {
-        str(stage): compared(rolled_back(zero(stage), folder / f"back-{stage}"), reference)
-        | {
-            "lost": said_of(float("inf"), stage, after_update=True),
-            "drifted": said_of(0.5, stage, after_update=False),
-        }
-        for stage in STAGES
-    }
+    result = {}
+    for at in (0, 1):
+        with alone():
+            here = folder / f"local-{at}-{os.environ['RANK']}"
+            reference = rolled_back(LocalEngine(type="local", device="cpu"), here, at)
+        for stage in STAGES:
+            found = compared(rolled_back(zero(stage), folder / f"{stage}-{at}", at), reference)
+            result[f"back to step {at} {stage}"] = max(found.values())
+    for stage in STAGES:
+        result[f"lost {stage}"] = said_of(float("inf"), stage, after_update=True)
+        result[f"drifted {stage}"] = said_of(0.5, stage, after_update=False)
+    return result
 
 
 @scenario(2)

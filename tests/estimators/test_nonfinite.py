@@ -105,6 +105,12 @@ def test_without_any_loss_there_is_none_to_report(estimated):
     assert cost.statistics == {"nonfinite_members": 6, "skipped": 1}
 
 
+def test_one_member_is_not_compared_with_itself(estimated):
+    options = es(fitness_shaping="leave_one_out", antithetic=False, population_size=2)
+    estimate, cost, *_ = estimated("es", [1.0, NAN], **options)
+    assert (estimate.coefficients.tolist(), cost.is_empty, cost.loss) == ([0.0, 0.0], True, 1.0)
+
+
 def test_a_share_of_one_is_no_limit():
     with pytest.raises(ValidationError, match="max_nonfinite"):
         EvolutionStrategy(type="es", learning_rate=1.0, max_nonfinite=1.0)

@@ -11,6 +11,7 @@ from hybrid_opt import Trainer, UserError, load_run
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.run import Training
 from hybrid_opt.errors import DivergedError
+from hybrid_opt.reports.writing import read_report
 from hybrid_opt.training.divergence import Watch
 from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.run_folder import RunFolder
@@ -168,6 +169,7 @@ def test_rising_evaluations_roll_back_and_lower_the_rate(tmp_path):
     # Credits add up to the fall of the loss, which went nowhere in the steps that were undone.
     assert summary.estimators["backprop"].loss_decrease == pytest.approx(0.5 - 1 / 512)
     assert summary.roll_backs == 1
+    assert ("roll backs", "1") in read_report(tmp_path / "out").facts
     assert not RunFolder(tmp_path / "out").checkpoints.exists()
 
 
@@ -214,7 +216,7 @@ def test_the_next_divergence_after_the_last_roll_back_ends_the_run(tmp_path):
     run = trainer(Divergence(rises_for=1, factor=0.9, most=2, **BACK), output=tmp_path, steps=20)
     with pytest.raises(
         DivergedError,
-        match=r"^step 3: the validation loss, 1.022, has been above its best, 0.5, in 1 evaluation \(training.*\(after 2 roll backs\) \(saved in",
+        match=r"^step 3: the validation loss, 1.022, has been above its best, 0.5, .*\(after 2 roll backs\) \(saved in",
     ):
         run.train()
     assert [row["step"] for row in run.metrics if "rolled_back" in row] == [1, 2]
