@@ -9,6 +9,9 @@ import typer
 from hybrid_opt.cli.arguments import AllowCode, Overrides, RunPath, SchedulePath, load, quiet, rank
 from hybrid_opt.errors import UserError
 
+LONGEST_PLAN = 100_000
+"""Steps; a second or two."""
+
 
 def train(
     run: RunPath,
@@ -92,6 +95,10 @@ def plan(
         refuse_code(code_of_model(config.model), allow_code)
     if (steps := steps or config.training.steps) is None:
         raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    if steps > LONGEST_PLAN:
+        raise UserError(
+            f"{run}: training.steps: {steps:,} steps are too many to look at one by one; say --steps {LONGEST_PLAN}"
+        )
     console = Console()
     for line in timeline(config, steps):
         console.print(line, highlight=False)

@@ -14,7 +14,9 @@
 One idea: a folder is only ever written to by a run that began with it empty, unless the user says otherwise.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -72,7 +74,7 @@ class RunFolder:
     """Paths and writers of a run folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # which leaves a ~name as it is, where there is nobody of that name
         self.config = self.path / "run.yaml"
         self.machine = self.path / "machine.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -90,6 +92,12 @@ class RunFolder:
             UserError: it holds a run already (and neither option is given), holds other things, cannot be written to, or
                 there is nothing in it to resume.
         """
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.path.lstat()
+        except (OSError, ValueError) as error:  # a name that no folder can have
+            problem = getattr(error, "strerror", None) or error
+            raise UserError(f"output: {str(self.path)[:80]!r} cannot be written to: {problem}") from None
         if resume and not any(self.checkpoints.glob("step-*")):
             hint = " (its run has finished)" if self.summary.exists() else ""
             raise UserError(f"output: {self.path} has no checkpoint to resume from{hint}; start anew with --overwrite")
@@ -149,7 +157,11 @@ class RunFolder:
         Raises:
             UserError: another line is damaged.
         """
-        return read_lines(path)[0]
+        rows, _ = read_lines(path)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("step"), int):
+                raise UserError(f"{path}: line {number}: no step; mend or delete the line")
+        return rows
 
     def drop_after(self, step: int) -> None:
         """Forget what was recorded of steps from `step` on, because they are taken again."""
