@@ -22,6 +22,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+LONGEST_LINE = 1000
+"""Characters of a line of a message; what is quoted from a file may have millions."""
+
+
 def error_line(message: object, rank: int) -> str:
-    """How a process reports an error; only rank 0, and a process alone, need not say who they are."""
-    return f"error (rank {rank}): {message}" if rank else f"error: {message}"
+    """How a process reports an error; only rank 0, and a process alone, need not say who they are.
+
+    What a file says is shown as text, whatever a terminal would make of it.
+    """
+    lines = [_printable(line) for line in str(message).split("\n")]
+    lines = [line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 3]}..." for line in lines]
+    return f"{f'error (rank {rank})' if rank else 'error'}: " + "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

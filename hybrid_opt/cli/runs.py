@@ -12,6 +12,8 @@ from hybrid_opt.errors import UserError
 
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
 """For lines that are to be copied."""
+LONGEST_PLAN = 100_000
+"""Steps; a second or two."""
 
 
 def train(
@@ -116,6 +118,10 @@ def plan(
         refuse_code(code_of_model(config.model), allow_code)
     if (steps := steps or config.training.steps) is None:
         raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
+    if steps > LONGEST_PLAN:
+        raise UserError(
+            f"{run}: training.steps: {steps:,} steps are too many to look at one by one; say --steps {LONGEST_PLAN}"
+        )
     console = Console()
     for line in timeline(config, steps):
         console.print(line, highlight=False)

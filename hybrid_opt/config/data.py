@@ -1,5 +1,6 @@
 """What a run file may say about data: where rows come from, and how a row becomes tokens. Next: `tasks.py`, then `objectives.py`."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -61,7 +62,7 @@ class Data(Strict):
                 "split and subset are for files and hub ids, but train is a built-in task; write split within the task"
             )
         name = self.validation
-        if isinstance(name, str) and not (Path(name).suffix or Path(name).exists()):
+        if isinstance(name, str) and not (Path(name).suffix or os.path.exists(name)):
             raise ValueError(
                 f"validation {name!r} is no file, and train is a built-in task, which has no splits by name; write the task again "
                 "with split: held_out, or a fraction such as 0.1"

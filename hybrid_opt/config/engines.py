@@ -38,7 +38,8 @@ class ZeroEngine(Strict):
     zero_stage: Literal[1, 2, 3]
     """What each process holds only a part of: 1 the optimizer's state and master weights, 2 also gradients, 3 also the weights."""
     deepspeed_config: Text | None = None
-    """A DeepSpeed file (JSON) with further settings. What the run file settles it must not contradict; `auto` is filled in."""
+    """A DeepSpeed file (JSON) with further settings. What the run file settles it must not contradict; `auto` is filled in; what would write
+    elsewhere or run code is refused."""
     micro_batch_size: PositiveInt | None = None
     """Most examples of a rank in a backward pass (DeepSpeed: train_micro_batch_size_per_gpu); null: as the backprop
     estimator says."""

@@ -28,7 +28,7 @@ class Function(Strict):
 
     type: Literal["function"]
     function: str
-    """`module:function`, importable from the folder in which the command runs."""
+    """`module:function`, importable from the folder in which the command runs; it is run only with `--allow-code`."""
     differentiable: bool = True
     """False: only estimators that need no gradient may act."""
 

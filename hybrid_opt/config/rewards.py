@@ -20,7 +20,8 @@ class RewardFunction(Strict):
     """One judge of completions, with TRL's signature: `def reward(prompts, completions, **columns) -> list[float]`."""
 
     function: str
-    """A built-in scorer's name, or `module:function`, importable from the folder in which the command runs; it may be async."""
+    """A built-in scorer's name, or `module:function`, importable from the folder in which the command runs; it may be async, and is run only
+    with `--allow-code`."""
     weight: float = 1.0
     """Factor of its rewards in the sum."""
     arguments: dict[str, Any] = {}
@@ -44,7 +45,8 @@ class Generation(Strict):
     """What writes: the model itself, or vLLM, to which members are handed as LoRA adapters."""
     engine_arguments: dict[str, Any] = {}
     """Further arguments of vLLM's `LLM`, such as `{gpu_memory_utilization: 0.4, max_loras: 16, max_model_len: 2048}`, or
-    `enable_sleep_mode: true` (it leaves the GPU between its turns) and `dtype: bfloat16` (for a model in float32)."""
+    `enable_sleep_mode: true` (it leaves the GPU between its turns) and `dtype: bfloat16` (for a model in float32). Texts, lists and mappings
+    may be code to vLLM, and need `--allow-code`."""
 
     @model_validator(mode="after")
     def _options_suit(self):

@@ -37,7 +37,7 @@ class Model(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the weights that the forward pass uses."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run Python code that comes with the model; it needs `--allow-code` too."""
 
     @model_validator(mode="after")
     def _one_origin(self):

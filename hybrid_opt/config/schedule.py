@@ -8,11 +8,23 @@ import difflib
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.guided import FirstMoment, Guided
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveInt, Strict
+
+
+def _is_a_name(name: str) -> str:
+    # It stands in tables, in trackers, and between the keys of a checkpoint.
+    if not (0 < len(name) <= 100 and name.isprintable()):
+        raise ValueError(
+            f"{name[:100]!r} is no name for an estimator; write 1 to 100 characters without tabs and line ends"
+        )
+    return name
+
+
+EstimatorName = Annotated[str, AfterValidator(_is_a_name)]
 
 # ---------------------------------------------------------------- policy
 
@@ -42,7 +54,7 @@ class Rule(Strict):
     @classmethod
     def _layers_are_readable(cls, layers):
         layers = str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
-        if isinstance(layers, str) and not re.fullmatch(r"\d+(-\d+)?|(first|last)-[1-9]\d*", layers):
+        if isinstance(layers, str) and not re.fullmatch(r"\d{1,9}(-\d{1,9})?|(first|last)-[1-9]\d{0,8}", layers):
             raise ValueError(f"{layers!r} names no layers; write a number, a range such as 20-29, first-2 or last-4")
         if isinstance(layers, str) and layers[0].isdigit():
             first, _, last = layers.partition("-")
@@ -167,7 +179,7 @@ class ScheduleFile(Strict):
 
     description: str = ""
     """What the recipe is for, in a sentence."""
-    estimators: Annotated[dict[str, Estimator], Field(min_length=1)]
+    estimators: Annotated[dict[EstimatorName, Estimator], Field(min_length=1)]
     """The estimators, under names of your own."""
     policy: tuple[Rule, ...] | None = None
     """Ordered rules, parameter -> estimators; left out: every estimator may move every parameter."""

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -54,19 +55,17 @@ def _fingerprint(config: Model, lora: Lora | None) -> str:
     settings["format"] = [field.name for field in fields(Inventory)]
     settings["transformers"] = importlib.metadata.version("transformers")
     local = Path(config.name or "") / "config.json"
-    settings["config.json"] = local.read_text() if config.name and local.is_file() else None
+    settings["config.json"] = local.read_text() if config.name and os.path.isfile(local) else None
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _work_out(config: Model, lora: Lora | None) -> Inventory:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from hybrid_opt.models.loading import architecture, with_adapters
+    from hybrid_opt.models.loading import untrained, with_adapters
     from hybrid_opt.perturbations.member_hooks import why_not
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
-        model = with_adapters(model, lora)
+        model = with_adapters(untrained(config), lora)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return Inventory({name: tuple(p.shape) for name, p in trainable.items()}, why_not(model, trainable))

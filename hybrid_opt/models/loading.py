@@ -52,8 +52,7 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(Key((seed, "random weights")).seed())
         if config.config is not None:
-            model = AutoModelForCausalLM.from_config(architecture(config), trust_remote_code=config.trust_remote_code)
-            model = model.to(dtype)
+            model = untrained(config).to(dtype)
         else:
             architecture(config)  # refuses what its config.json must not ask for
             model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
@@ -132,6 +131,20 @@ def architecture(config: Model) -> PretrainedConfig:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from None
 
 
+def untrained(config: Model) -> PreTrainedModel:
+    """The model's modules with random weights (on the device `meta`: with none).
+
+    Raises:
+        UserError: see `architecture`; or its settings make no model, such as a negative size.
+    """
+    settings = architecture(config)
+    try:
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # of torch's layers, and of whatever the architecture works out from its settings
+        key = "model.config" if config.config is not None else "model.name"
+        raise UserError(f"{key}: no model can be made of these settings: {' '.join(str(error).split())}") from None
+
+
 def _refuse_kernels(found: PretrainedConfig, name: str) -> None:
     """A config.json may name a repository of compiled code in place of an implementation, which transformers would fetch and run."""
     parts = (found, *(getattr(found, part, None) for part in found.sub_configs))
@@ -161,13 +174,14 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
         settings["target_modules"] = list(lora.target_modules)
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
-    except (ValueError, re.error) as error:
-        raise UserError(f"peft.target_modules: {error}") from None
+    except Exception as error:  # peft's own, re's, and torch's for adapters too large
+        key = "peft.target_modules" if isinstance(error, (ValueError, re.error)) else "peft"
+        raise UserError(f"{key}: {' '.join(str(error).split())}") from None
 
 
 def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
     place = model_folder(name)
-    if key == "model.name" and Path(place).is_dir() and not (Path(place) / "config.json").exists():
+    if key == "model.name" and os.path.isdir(place) and not (Path(place) / "config.json").exists():
         raise UserError(f"model.name: {name!r} is a folder without config.json, so it holds no transformers model")
     try:
         # Pickled weights too are read as tensors only: weights_only is transformers' default.

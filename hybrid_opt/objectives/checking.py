@@ -1,6 +1,7 @@
 """Whether data and rewards fit together, found out without torch and without loading what is large. Next: `contract.py`."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _check(data: Data, objective: Objective) -> None:
 def _columns(path: Path, key: str) -> list[str] | None:
     if path.suffix not in (".jsonl", ".csv", ".txt"):
         return None
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{key}: {path}: no such file")
     if path.suffix == ".txt":
         return ["text"]

@@ -4,6 +4,7 @@ One idea: whatever `datasets.load_dataset` reads can be trained on, and so can a
 and of the split.
 """
 
+import os
 from pathlib import Path
 
 import datasets
@@ -42,12 +43,12 @@ def _rows(source: str | Task, subset: str | None, split: str, key: str) -> datas
 
 
 def _is_file(name: str) -> bool:
-    return Path(name).exists() or Path(name).suffix in READERS
+    return os.path.exists(name) or Path(name).suffix in READERS
 
 
 def _load(source: str, subset: str | None, split: str, key: str) -> datasets.Dataset:
     path = Path(source)
-    if path.suffix in READERS and not path.exists():
+    if path.suffix in READERS and not os.path.exists(path):  # False too for a name that no file can have
         raise UserError(f"{key}: {source}: no such file")
     datasets.disable_progress_bars()  # they would tear the run's own progress display
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said here, once
@@ -70,7 +71,7 @@ def _load(source: str, subset: str | None, split: str, key: str) -> datasets.Dat
 
 
 def _read(path: Path, source: str, subset: str | None, split: str) -> datasets.Dataset:
-    if path.is_file():
+    if os.path.isfile(path):
         if path.stat().st_size == 0:
             raise UserError(f"{source}: the file is empty")
         if path.suffix not in READERS:
@@ -83,7 +84,7 @@ def _read(path: Path, source: str, subset: str | None, split: str) -> datasets.D
         if split != "train":
             raise UserError(f"{source}: a single file has only the split 'train', not {split!r}")
         return datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
-    if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
+    if os.path.isdir(path) and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.Dataset):
             if split != "train":

@@ -4,7 +4,9 @@ One idea: everything is known before anything is run, so what is wrong with the 
 """
 
 import functools
+import hashlib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -180,9 +182,17 @@ def compact(value: Any) -> str:
     return text[1:-1] if text.startswith("{") else text
 
 
+LONGEST_NAME = 150
+"""Bytes of a folder's name; file systems take 255."""
+
+
 def slug(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.+=-]+", "-", name).strip("-.") or "arm"
+    """A name as a folder's: without slashes, and of a length that file systems take."""
+    text = re.sub(r"[^\w.+=-]+", "-", name).strip("-.") or "arm"
+    if len(text.encode()) <= LONGEST_NAME:
+        return text
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{text.encode()[:LONGEST_NAME].decode(errors='ignore')}-{digest}"
 
 
 def _levels(key: str, levels: list[Any] | dict[str, Any]) -> list[tuple[str, tuple[Change, ...]]]:
@@ -208,6 +218,6 @@ def _limits(budget: StudyBudget) -> tuple[Change, ...]:
 
 def _find_base(name: str, path: Path) -> Path:
     for candidate in (Path(name), path.parent / name):
-        if candidate.is_file():
+        if os.path.isfile(candidate):
             return candidate
     raise UserError(f"{path}: base: {name}: no such file, from here or beside the study file")

@@ -11,6 +11,7 @@ One idea: the same command on the same folder goes on with the study, so the fol
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class StudyFolder:
     """Paths and writers of a study folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.study, self.index = self.path / "study.yaml", self.path / "study.json"
         self.results, self.summary = self.path / "results.csv", self.path / "summary.csv"
         self.runs, self.fit, self.search = (self.path / name for name in ("runs", "fit", "search"))
@@ -47,7 +48,7 @@ class StudyFolder:
         Raises:
             UserError: it holds other things than a study, another process has it, or it cannot be written to.
         """
-        present = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
+        present = {entry.name for entry in self.path.iterdir()} if os.path.isdir(self.path) else set()
         present = {name for name in present if not name.startswith(ASIDE)}  # what a process that was killed leaves
         if present and not (present & {"study.yaml", "lock"} and present <= set(CONTENTS)):
             foreign = ", ".join(sorted(present - set(CONTENTS) or present)[:3])

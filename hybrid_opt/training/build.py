@@ -3,6 +3,7 @@
 One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -176,7 +177,7 @@ def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:
 
 def _refuse_to_lose_the_model(run: RunFile) -> None:
     for key, name in (("model.name", run.model.name), ("model.tokenizer", run.model.tokenizer)):
-        if name and Path(name).exists() and Path(name).resolve().is_relative_to(Path(run.output).resolve()):
+        if name and os.path.exists(name) and Path(name).resolve().is_relative_to(Path(run.output).resolve()):
             raise UserError(f"{key}: {name!r} lies in the output folder, which --overwrite would empty; choose another")
 
 

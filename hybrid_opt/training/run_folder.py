@@ -16,7 +16,9 @@
 One idea: a folder is only ever written to by a run that began with it empty, unless the user says otherwise.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -80,7 +82,7 @@ class RunFolder:
     """Paths and writers of a run folder."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))  # which leaves a ~name as it is, where there is nobody of that name
         self.config = self.path / "run.yaml"
         self.machine = self.path / "machine.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -99,6 +101,12 @@ class RunFolder:
             UserError: it holds a run already (and neither option is given), holds other things, cannot be written to, or
                 there is nothing in it to resume.
         """
+        try:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                self.path.lstat()
+        except (OSError, ValueError) as error:  # a name that no folder can have
+            problem = getattr(error, "strerror", None) or error
+            raise UserError(f"output: {str(self.path)[:80]!r} cannot be written to: {problem}") from None
         if resume and (self.finished() or self.saved_step() is None):  # a finished one may have left snapshots
             hint = " (its run has finished)" if self.finished() else ""
             raise UserError(f"output: {self.path} has no checkpoint to resume from{hint}; start anew with --overwrite")
@@ -155,8 +163,8 @@ class RunFolder:
     def drop_after(self, step: int) -> None:
         """Forget what was recorded of steps from `step` on, because they are taken again, and half a checkpoint of them."""
         metrics, evaluations = self.recorded()
-        metrics.keep(lambda row: row["step"] < step)
-        evaluations.keep(lambda row: row["step"] <= step)
+        metrics.keep(lambda row: _step_in(row, metrics) < step)
+        evaluations.keep(lambda row: _step_in(row, evaluations) <= step)
         self._remove_half_checkpoints()
 
     @contextmanager
@@ -202,3 +210,9 @@ class RunFolder:
     def _remove_half_checkpoints(self) -> None:
         for aside in self.checkpoints.glob(".*"):
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _step_in(row: dict[str, Any], lines: JsonLines) -> int:
+    if not isinstance(row.get("step"), int):
+        raise UserError(f"{lines.path}: a line has no step: {json.dumps(row)[:60]}; mend or delete it")
+    return row["step"]
