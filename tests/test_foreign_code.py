@@ -186,6 +186,15 @@ def test_a_tokenizers_own_code_does_not_run(place):
     assert not (place / "ran").exists()
 
 
+def test_a_tokenizers_templates_are_not_saved_elsewhere(place):
+    run = load_run(write_run(place, copied_model(place)))
+    config = place / "theirs/tokenizer_config.json"
+    templates = [{"name": "default", "template": "a"}, {"name": "../../../x", "template": "b"}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": templates}))
+    with pytest.raises(UserError, match=r"^model\.name: the tokenizer has a chat template '\.\./\.\./\.\./x'"):
+        load_tokenizer(run.model)
+
+
 class Evil:
     """Its pickle runs code where it is loaded."""
 

@@ -55,7 +55,7 @@ def _fingerprint(config: Model, lora: Lora | None) -> str:
     settings["format"] = [field.name for field in fields(Inventory)]
     settings["transformers"] = importlib.metadata.version("transformers")
     local = Path(config.name or "") / "config.json"
-    settings["config.json"] = local.read_text() if config.name and os.path.isfile(local) else None
+    settings["config.json"] = local.read_text(errors="replace") if config.name and os.path.isfile(local) else None
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -93,11 +93,17 @@ def load_tokenizer(config: Model) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or the one that the configuration names.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it would be saved elsewhere than in the run's folder.
     """
     config = _origin(config)
     key = "model.tokenizer" if config.tokenizer else "model.name"
-    return _from_pretrained(AutoTokenizer, config, config.tokenizer or config.name, key)
+    tokenizer = _from_pretrained(AutoTokenizer, config, config.tokenizer or config.name, key)
+    for template in tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else ():
+        if not re.fullmatch(r"\w[\w.-]*", template):  # each is saved with the model, in a file of its name
+            raise UserError(
+                f"{key}: the tokenizer has a chat template {template!r}, which is no name for a file; rename it"
+            )
+    return tokenizer
 
 
 def architecture(config: Model) -> PretrainedConfig:

@@ -102,8 +102,9 @@ class RunFolder:
                 there is nothing in it to resume.
         """
         try:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                self.path.lstat()
+            for place in (self.path, *(Path(os.sep, part) for part in self.path.parts)):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    place.lstat()
         except (OSError, ValueError) as error:  # a name that no folder can have
             problem = getattr(error, "strerror", None) or error
             raise UserError(f"output: {str(self.path)[:80]!r} cannot be written to: {problem}") from None

@@ -137,16 +137,16 @@ def test_a_half_written_last_line_is_taken_again(run_folder):
 
 
 def test_damaged_metrics_are_rows_or_an_error(run_folder):
-    content, luck, errors = run_folder.metrics.read_bytes(), random.Random(0), 0
+    content, luck, errors = run_folder.metrics.read_bytes(), random.Random(0), []
     for _ in range(200):
         run_folder.metrics.write_bytes(damaged(content, luck))
         try:
             run_folder.drop_after(5)
             assert all(isinstance(row["step"], int) for row in run_folder.rows(run_folder.metrics))
         except UserError as error:
-            errors += 1
-            assert str(error).startswith(f"{run_folder.metrics}: ")
-    assert errors >= 50
+            errors.append(str(error))
+    assert len(errors) >= 50
+    assert all(error.startswith(f"{run_folder.metrics}: ") for error in errors)
 
 
 def test_a_damaged_run_file_is_named(run_folder):
