@@ -26,11 +26,11 @@ ALTERNATE = {
 }
 
 
-def small_trainer(output: Path, steps: int, **options) -> Trainer:
-    """A perceptron of 212 weights."""
+def small_trainer(output: Path, steps: int, *, width: int = 16, **options) -> Trainer:
+    """A perceptron of 212 weights, or wider."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+        model = torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Tanh(), torch.nn.Linear(width, 4))
     rows = torch.linspace(-1, 1, 64).view(8, 8)
     return Trainer(
         model, lambda model, batch: model(batch).square().mean(1), [rows], schedule=ALTERNATE, steps=steps, output=output,
