@@ -153,23 +153,26 @@ class Trainer:
         with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
             try:
                 self._begin()
-                recorded = self.folder.recorded() if self.folder else ()
-                self.display.start(self.optimizer.signals.step, self.steps, *recorded)
                 return self._shown(stop_requested)
             except CannotWriteError as error:
                 raise CannotWriteError(f"{error}{self._way_on_after(error)}") from None
-            finally:
-                self.display.stop()
 
     def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
         """What the display sees of the run."""
-        if not self.resume:
-            self._measure_before()
         try:
-            finished = self._loop(stop_requested)
-        except UserError as error:
-            raise type(error)(f"{error}{self._saved_after(error)}") from None
-        return self._end() if finished else self._interrupted()
+            recorded = self.folder.recorded() if self.folder else ()
+            self.display.start(self.optimizer.signals.step, self.steps, *recorded)
+            if not self.resume:
+                self._measure_before()
+            try:
+                finished = self._loop(stop_requested)
+            except CannotWriteError:
+                raise  # `train` says how to go on
+            except UserError as error:
+                raise type(error)(f"{error}{self._saved_after(error)}") from None
+            return self._end() if finished else self._interrupted()
+        finally:
+            self.display.stop()
 
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
         """Whether the run came to its end."""
@@ -316,22 +319,16 @@ class Trainer:
     def _saved_after(self, error: UserError) -> str:
         """Save before the run ends in an error, if there is something worth saving, and if all ranks are there to save."""
         together = self.ranks.world_size == 1 or isinstance(error, DivergedError)
-        if isinstance(error, CannotWriteError) or not (together and self.optimizer.engine.is_finite()):
-            return ""
         try:
-            return self._save()
+            return self._save() if together and self.optimizer.engine.is_finite() else ""
         except CannotWriteError as unsaved:
             return f"; and {unsaved}{self.folder.way_on()}"
 
     def _way_on_after(self, error: CannotWriteError) -> str:
         """How to go on where something could not be written, from as late a step as can be saved now."""
         is_newer = self.optimizer.signals.step > (self.folder.saved_step() or 0)
-        if (
-            is_newer
-            and self.ranks.world_size == 1
-            and error.path != self.folder.checkpoints
-            and self.optimizer.engine.is_finite()
-        ):
+        of_checkpoint = error.path is not None and error.path.is_relative_to(self.folder.checkpoints)
+        if is_newer and not of_checkpoint and self.ranks.world_size == 1 and self.optimizer.engine.is_finite():
             with suppress(CannotWriteError):
                 self._save()
         return self.folder.way_on()
