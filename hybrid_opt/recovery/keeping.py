@@ -149,8 +149,8 @@ class Keeper:
     def way_on_after(self, error: CannotWriteError) -> str:
         """How to go on where something could not be written, from as late a step as can be saved now."""
         is_newer = self.optimizer.signals.step > (self.folder.saved_step() or 0)
-        alone = self.ranks.world_size == 1
-        if is_newer and alone and error.path != self.folder.checkpoints and self.optimizer.engine.is_finite():
+        of_checkpoint = error.path is not None and error.path.is_relative_to(self.folder.checkpoints)
+        if is_newer and not of_checkpoint and self.ranks.world_size == 1 and self.optimizer.engine.is_finite():
             with suppress(CannotWriteError):
                 self.save()
         return self.folder.way_on()

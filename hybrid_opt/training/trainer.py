@@ -178,24 +178,27 @@ class Trainer:
         with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
             try:
                 self._begin()
-                recorded = self.folder.recorded() if self.folder else ()
-                self.display.start(self.optimizer.signals.step, self.steps, *recorded)
                 return self._shown(stop_requested)
             except CannotWriteError as error:
                 raise CannotWriteError(f"{error}{self.keeper.way_on_after(error)}") from None
-            finally:
-                self.display.stop()
 
     def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
         """What the display sees of the run."""
-        if not self.resume:
-            self._measure_before()
         try:
-            finished = self._loop(stop_requested)
-        except UserError as error:
-            saved = self.keeper.saved_after(error) if self.keeper else ""
-            raise type(error)(f"{error}{saved}") from None
-        return self._end() if finished else self._interrupted()
+            recorded = self.folder.recorded() if self.folder else ()
+            self.display.start(self.optimizer.signals.step, self.steps, *recorded)
+            if not self.resume:
+                self._measure_before()
+            try:
+                finished = self._loop(stop_requested)
+            except CannotWriteError:
+                raise  # `train` says how to go on
+            except UserError as error:
+                saved = self.keeper.saved_after(error) if self.keeper else ""
+                raise type(error)(f"{error}{saved}") from None
+            return self._end() if finished else self._interrupted()
+        finally:
+            self.display.stop()
 
     def _loop(self, stop_requested: Callable[[], bool]) -> bool:
         """Whether the run came to its end."""

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 import torch
-from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint, verified
 
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
+from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
 from hybrid_opt.training.run_folder import RunFolder
 
 STATE = {

@@ -159,6 +159,7 @@ def test_interrupted_and_resumed_on_other_machines_is_uninterrupted_bitwise(plac
         output = finished(process, expected=None)
     assert output.count("stopping after the current step") == 1, output
     assert "go on with the same command and --resume" in output
+    assert re.search(rf"^torchrun --nproc_per_node 2 .* output={out} --resume$", output, re.MULTILINE), output
     assert len(list((out / "checkpoints").iterdir())) == 1
     assert len(lines(out / "metrics.jsonl")) < STEPS
 
