@@ -171,7 +171,7 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
             raise ValueError("it is of another format or step")
         if any(not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()) for name in files):
             raise ValueError("it names a file outside the checkpoint")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{checkpoint / MANIFEST} cannot be read: {error}") from None
     return {**manifest, "files": files}
 

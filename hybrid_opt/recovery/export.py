@@ -53,7 +53,7 @@ def export(source: Path, folder: Path) -> Exported:
 def _all_lines(source: Path, ledger: Path) -> list[dict[str, Any]]:
     """The ledger's documents, the first of which is no step."""
     documents = [line.document for line in whole_lines(ledger)]
-    steps = [document["step"] for document in documents[1:]]
+    steps = [document.get("step") for document in documents[1:]]
     summary = source / "summary.json"
     taken = json.loads(summary.read_bytes())["steps"] if summary.is_file() else len(steps)
     if not steps or steps != list(range(taken)):

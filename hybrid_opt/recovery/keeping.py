@@ -87,19 +87,22 @@ class Keeper:
         self.lost = 0
         """Steps since then that the ledger does not hold."""
         self.latest_is_lost = False
-        self.next_step = 0
 
     def begin(self) -> None:
         """A new run starts."""
         self.ledger.begin()
 
     def stepped(self, report: "StepReport") -> None:
-        """A step has been taken; after a roll back its number is not the next."""
-        self.latest_is_lost = report.record is None or report.step != self.next_step
-        self.next_step = report.step + 1
+        """A step has been taken."""
+        self.latest_is_lost = report.record is None
         self.lost += self.latest_is_lost
         if report.record is not None:
             self.ledger.append(report.record.document(self.optimizer.engine))
+
+    def rolled_back(self) -> None:
+        """The weights are no longer what the steps before have made of them."""
+        self.ledger.cut(self.optimizer.signals.step)
+        self.lost, self.latest_is_lost = self.lost + 1, True
 
     def is_due(self, acting: Collection[str]) -> bool:
         """Whether a snapshot must be made now because of steps that the ledger does not hold.
@@ -173,7 +176,7 @@ class Keeper:
             self._replay(start, step)
             self._refuse_other_weights(checkpoint, state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
-        self.base, self.lost, self.latest_is_lost, self.next_step = start, 0, False, step
+        self.base, self.lost, self.latest_is_lost = start, 0, False
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.ranks.wait()

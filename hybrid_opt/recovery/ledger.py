@@ -27,7 +27,7 @@ class Ledger:
     """A file of JSON lines: the first describes the model that the steps begin with, each other one is a step.
 
     Each line ends in a CRC-32 of what stands before it, and is written out to the disk at once. Steps that no record can bring back
-    leave a gap.
+    leave a gap; where weights were put back to earlier ones, a line says that there is a cut.
 
     Args:
         path: the file; it need not exist.
@@ -54,6 +54,11 @@ class Ledger:
         self._write(document)
         self._count(step)
 
+    def cut(self, step: int) -> None:
+        """The steps from this one on do not begin where those before have ended."""
+        self._write({"cut": step})
+        self.first = self.end = step
+
     def go_on_at(self, step: int) -> None:
         """Forget the records from a step on, because it is taken again, and what a broken line has left at the end.
 
@@ -62,10 +67,12 @@ class Ledger:
         """
         self.first = self.end = kept = 0
         for line in whole_lines(self.path, self.model):
+            if (line.step is not None and line.step >= step) or (line.cut is not None and line.cut > step):
+                break
             if line.step is not None:
-                if line.step >= step:
-                    break
                 self._count(line.step)
+            elif line.cut is not None:
+                self.first = self.end = line.cut
             kept = line.end
         if not self.writes:
             return
@@ -100,8 +107,13 @@ class Line:
 
     @property
     def step(self) -> int | None:
-        """Which step it is; None in the first line."""
+        """Which step it is; None in other lines."""
         return self.document.get("step")
+
+    @property
+    def cut(self) -> int | None:
+        """Before which step there is a cut; None in other lines."""
+        return self.document.get("cut")
 
 
 def encoded(document: Mapping[str, Any]) -> str:
@@ -124,6 +136,8 @@ def whole_lines(path: Path, model: Mapping[str, Any] | None = None) -> Iterator[
         if latest is None:
             _refuse_other_model(line.document, model, path)
             latest = -1
+        elif isinstance(line.cut, int) and line.cut > latest:
+            latest = line.cut - 1
         elif not isinstance(line.step, int) or line.step <= latest:
             return
         else:
@@ -139,6 +153,8 @@ def read_steps(path: Path, first: int, end: int, model: Mapping[str, Any]) -> It
     """
     expected = first
     for line in whole_lines(path, model) if first < end else ():
+        if line.cut is not None and line.cut > first:
+            break
         if line.step is None or line.step < first:
             continue
         if line.step != expected:
@@ -189,6 +205,6 @@ def _decoded(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         document = json.loads(body + b"}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

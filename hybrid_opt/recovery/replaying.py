@@ -99,15 +99,19 @@ class Way:
     model: dict
     recorded: frozenset[int]
     """Steps that the ledger holds."""
+    cuts: frozenset[int]
+    """Steps that do not begin where those before have ended."""
     snapshots: tuple[int, ...]
     """After how many steps there are weights, the latest first, without the start."""
 
     @classmethod
     def through(cls, source: Path, ledger: Path, model: dict) -> "Way":
         """The way through a run folder."""
-        steps = frozenset(line.step for line in whole_lines(ledger, model) if line.step is not None)
+        lines = list(whole_lines(ledger, model))
+        steps = frozenset(line.step for line in lines if line.step is not None)
+        cuts = frozenset(line.cut for line in lines if line.cut is not None)
         whole = [place for place in checkpoints(source / "checkpoints") if base_of(place) == place]
-        return cls(source, model, steps, tuple(map(step_of, whole)))
+        return cls(source, model, steps, cuts, tuple(map(step_of, whole)))
 
     def base(self, step: int) -> int:
         """The latest snapshot from which the ledger leads to a step.
@@ -116,7 +120,7 @@ class Way:
             UserError: there is none.
         """
         for base in (*(s for s in self.snapshots if s <= step), 0):
-            if all(between in self.recorded for between in range(base, step)):
+            if step <= self._last_from(base):
                 return base
         reached = ", ".join(f"{first} to {last}" if last > first else str(first) for first, last in self._reached())
         raise UserError(
@@ -130,10 +134,13 @@ class Way:
 
     def _reached(self) -> Iterator[tuple[int, int]]:
         for first in sorted({0, *self.snapshots}):
-            last = first
-            while last in self.recorded:
-                last += 1
-            yield first, last
+            yield first, self._last_from(first)
+
+    def _last_from(self, first: int) -> int:
+        last = first
+        while last in self.recorded and (last == first or last not in self.cuts):
+            last += 1
+        return last
 
 
 def _untrained(run: RunFile) -> HybridOptimizer:

@@ -40,7 +40,7 @@ def read_state(place: Path, state: dict[str, Any]) -> None:
             _put(state, name.split(SEPARATOR), tensor)
         for keys, value in json.loads((place / "values.json").read_bytes()):
             _put(state, keys, value)
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise UserError(f"{place}: the checkpoint cannot be read: {error}") from None
 
 

@@ -135,7 +135,8 @@ class Guard:
             return take()
         except DivergedError as error:
             self._roll_back(error)
-            return None
+        self.optimizer.skip_step()
+        return None
 
     def told(self) -> dict[str, Any]:
         """For the metrics of the first step after a roll back: where it went, why, and what learning rates are multiplied by."""
@@ -162,7 +163,7 @@ class Guard:
             self._roll_back(DivergedError(f"step {self.optimizer.signals.step}: {reason}; lower the learning rates"))
 
     def _roll_back(self, error: DivergedError) -> None:
-        """Go back to the best weights; this takes the number of a step, so that the ledger shows that its steps do not lead over it.
+        """Go back to the best weights.
 
         Raises:
             DivergedError: the error itself, where the run is to stop.
@@ -178,7 +179,7 @@ class Guard:
             state["attribution"]
         )  # so that credits go on adding up to the fall of the loss
         optimizer.rate_factor *= watch.config.factor
-        optimizer.skip_step()
+        self.keeper.rolled_back()
         step = state["optimizer"]["signals"]["step"]
         self.rolled_back = {"to": step, "because": str(error), "rate_factor": optimizer.rate_factor}
         self.say(

@@ -208,8 +208,7 @@ class Trainer:
                 return False
             if step := self.optimizer.signals.step:
                 self._look_around(step)
-            if step == self.optimizer.signals.step:  # no roll back
-                self._step(step)
+            self._step(step)
         return True
 
     def done(self) -> float:

@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from hybrid_opt.recovery import ledger
 from hybrid_opt.recovery.keeping import Keeping
 from hybrid_opt.training.progress import Silence
+from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import tiny_model, token_batch, token_losses
 
@@ -48,12 +50,13 @@ MOMENTS = ("fsync", "replace", "write", "mkdir", "rmtree")
 
 
 def train(run: str, folder: Path) -> None:
-    """One life: from the latest checkpoint, if there is one, to the end; leaves the final weights."""
+    """One life: from the latest checkpoint, if there is one, to the end; leaves the final model."""
     torch.set_num_threads(1)
+    if RunFolder(folder).finished():  # killed while it cleared up
+        return
     estimators, schedule, keeping = RUNS[run]
-    model = tiny_model()
     Trainer(
-        model,
+        tiny_model(),
         token_losses,
         [token_batch()],
         schedule={"estimators": estimators, "schedule": schedule},
@@ -63,11 +66,9 @@ def train(run: str, folder: Path) -> None:
         output=folder,
         overwrite=not has_checkpoint(folder),
         resume=has_checkpoint(folder),
-        saves_model=False,
         config={"model": {"name": "tiny"}},
         display=Silence(),
     ).train()
-    torch.save(model.state_dict(), folder.with_suffix(".pt"))
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -143,7 +144,7 @@ def main(folder: Path) -> None:
 
 def compare(folder: Path, run: str) -> None:
     """Whether the killed run has the uninterrupted one's weights."""
-    whole, killed = (torch.load(folder / f"{run} {how}.pt") for how in ("whole", "killed"))
+    whole, killed = (load_file(folder / f"{run} {how}/model/model.safetensors") for how in ("whole", "killed"))
     for name, weights in whole.items():
         assert torch.equal(weights, killed[name]), f"{run}: {name} differs"
 

@@ -133,7 +133,7 @@ def test_a_half_written_last_line_is_taken_again(run_folder):
     content = run_folder.metrics.read_bytes()
     run_folder.metrics.write_bytes(content[:-9])
     run_folder.drop_after(5)
-    assert run_folder.rows(run_folder.metrics) == ROWS[:5]
+    assert list(run_folder.recorded()[0]) == ROWS[:5]
 
 
 def test_damaged_metrics_are_rows_or_an_error(run_folder):
@@ -142,7 +142,7 @@ def test_damaged_metrics_are_rows_or_an_error(run_folder):
         run_folder.metrics.write_bytes(damaged(content, luck))
         try:
             run_folder.drop_after(5)
-            assert all(isinstance(row["step"], int) for row in run_folder.rows(run_folder.metrics))
+            assert all(isinstance(row["step"], int) for row in list(run_folder.recorded()[0]))
         except UserError as error:
             errors.append(str(error))
     assert len(errors) >= 50
@@ -156,7 +156,11 @@ def test_a_damaged_run_file_is_named(run_folder):
 
 
 def test_numbers_and_brackets_without_end_are_named(run_folder):
-    for line in ("[" * 100_000, "9" * 5000, json.dumps({"stap": 3})):
+    for line, named in (
+        ("[" * 100_000, "line 1: "),
+        ("9" * 5000, "line 1: "),
+        (json.dumps({"stap": 3}), "a line has no step: "),
+    ):
         run_folder.metrics.write_text(f"{line}\n" + json.dumps(ROWS[1]) + "\n")
-        with pytest.raises(UserError, match=r"metrics\.jsonl: line 1: "):
-            run_folder.rows(run_folder.metrics)
+        with pytest.raises(UserError, match=rf"metrics\.jsonl: {named}"):
+            run_folder.drop_after(5)

@@ -30,6 +30,14 @@ def says(losses, **config):
     return [(is_best, bool(reason)) for is_best, reason in map(watch.sees_evaluation, losses)]
 
 
+def metrics_of(run: Trainer) -> list[dict]:
+    return list(run.folder.recorded()[0])
+
+
+def evaluations_of(run: Trainer) -> list[dict]:
+    return list(run.folder.recorded()[1])
+
+
 YES, NO, END = (True, False), (False, False), (False, True)
 
 
@@ -156,12 +164,12 @@ def test_rising_evaluations_roll_back_and_lower_the_rate(tmp_path):
     run = trainer(Divergence(rises_for=2, **BACK), output=tmp_path / "out", probe=[BATCH])
     summary = run.train()
     assert weight(run) == 0.0625
-    assert [row["loss"] for row in run.evaluations] == [0.5, 2, 8, 0.125, 1 / 32, 1 / 128, 1 / 512]
-    assert [(row["step"], row["loss"]) for row in run.metrics[:4]] == [(0, 0.5), (1, 2), (2, 0.5), (3, 0.125)]
-    assert [row["learning_rates"]["backprop"] for row in run.metrics] == [3, 3, 1.5, 1.5, 1.5, 1.5]
+    assert [row["loss"] for row in evaluations_of(run)] == [0.5, 2, 8, 0.125, 1 / 32, 1 / 128, 1 / 512]
+    assert [(row["step"], row["loss"]) for row in metrics_of(run)[:4]] == [(0, 0.5), (1, 2), (2, 0.5), (3, 0.125)]
+    assert [row["learning_rates"]["backprop"] for row in metrics_of(run)] == [3, 3, 1.5, 1.5, 1.5, 1.5]
     reason = "step 2: the validation loss, 8, has been above its best, 0.5, in 2 evaluations in a row (training.divergence.rises_for)"
     told = {"to": 0, "because": f"{reason}; lower the learning rates", "rate_factor": 0.5}
-    assert [row.get("rolled_back") for row in run.metrics] == [None, None, told, None, None, None]
+    assert [row.get("rolled_back") for row in metrics_of(run)] == [None, None, told, None, None, None]
     assert run.display.said[-2] == (
         "rolled back to the weights after step 0, learning rates times 0.5 from now on (roll back 1 of 3), because at "
         f"{reason}; lower the learning rates"
@@ -178,9 +186,14 @@ def test_a_training_loss_above_the_limit_rolls_back_to_the_best_evaluation(tmp_p
     run = trainer(Divergence(loss_above=0.6, factor=0.25, **BACK), output=tmp_path, evaluate_every=2)
     run.optimizer.learning_rates["backprop"] = lambda step: 1.5 if step < 2 else 6.0
     run.train()
-    assert [row["loss"] for row in run.metrics] == [0.5, 0.125, 1 / 32, 0.78125, 1 / 32, 1 / 128]  # at 6/4 again
-    assert [row.get("rolled_back", {}).get("to") for row in run.metrics] == [None, None, None, None, 2, None]
-    assert [(row["step"], row["loss"]) for row in run.evaluations] == [(0, 0.5), (2, 1 / 32), (4, 1 / 32), (6, 1 / 512)]
+    assert [row["loss"] for row in metrics_of(run)] == [0.5, 0.125, 1 / 32, 0.78125, 1 / 32, 1 / 128]  # at 6/4 again
+    assert [row.get("rolled_back", {}).get("to") for row in metrics_of(run)] == [None, None, None, None, 2, None]
+    assert [(row["step"], row["loss"]) for row in evaluations_of(run)] == [
+        (0, 0.5),
+        (2, 1 / 32),
+        (4, 1 / 32),
+        (6, 1 / 512),
+    ]
     assert weight(run) == 0.0625
 
 
@@ -191,9 +204,9 @@ def test_a_step_that_cannot_be_taken_is_passed_over(tmp_path):
     run = trainer(Divergence(**BACK), losses=losses, output=tmp_path, evaluate_every=10)
     run.train()
     # 1, -2, 4; step 2 finds no loss; from 1 again: -1/2, 1/4, -1/8
-    assert [row["step"] for row in run.metrics] == [0, 1, 3, 4, 5]
+    assert [row["step"] for row in metrics_of(run)] == [0, 1, 3, 4, 5]
     assert weight(run) == -0.125
-    assert run.metrics[2]["rolled_back"]["because"] == (
+    assert metrics_of(run)[2]["rolled_back"]["because"] == (
         "step 2, estimator backprop: the loss is nan; lower the learning rates, or clip gradients with gradient_clipping"
     )
 
@@ -204,8 +217,8 @@ def test_a_weight_that_is_lost_is_put_back(tmp_path):
 
     run = trainer(Divergence(factor=1e-37, **BACK), losses=losses, rate=1e37, steps=2, output=tmp_path)
     run.train()
-    assert run.metrics[0]["step"] == 1  # in step 0 the weight became infinite
-    assert run.metrics[0]["rolled_back"]["because"] == (
+    assert metrics_of(run)[0]["step"] == 1  # in step 0 the weight became infinite
+    assert metrics_of(run)[0]["rolled_back"]["because"] == (
         "step 0: after the update parameter w has values that are not finite; lower the learning rates, or clip gradients with "
         "gradient_clipping"
     )
@@ -219,7 +232,7 @@ def test_the_next_divergence_after_the_last_roll_back_ends_the_run(tmp_path):
         match=r"^step 3: the validation loss, 1.022, has been above its best, 0.5, .*\(after 2 roll backs\) \(saved in",
     ):
         run.train()
-    assert [row["step"] for row in run.metrics if "rolled_back" in row] == [1, 2]
+    assert [row["step"] for row in metrics_of(run) if "rolled_back" in row] == [1, 2]
     assert weight(run) == pytest.approx(1 - 3 * 0.81)
 
 
@@ -244,8 +257,8 @@ def test_a_limit_below_the_first_loss_is_refused(tmp_path):
 def test_evaluations_are_compared_on_the_same_rows(tmp_path):
     run = trainer(Divergence(rises_for=1, **BACK), output=tmp_path, rate=0.5, validation_along=[BATCH + 7])
     run.train()
-    assert [row["loss"] for row in run.evaluations[:2]] == [0.5, 7.125]  # which is less than 7.5 was before
-    assert not any("rolled_back" in row for row in run.metrics)
+    assert [row["loss"] for row in evaluations_of(run)[:2]] == [0.5, 7.125]  # which is less than 7.5 was before
+    assert not any("rolled_back" in row for row in metrics_of(run))
 
 
 ES = {
@@ -275,9 +288,9 @@ def test_a_resumed_run_has_the_same_roll_backs(tmp_path, end):
     resumed.train()
     assert weight(resumed) == weight(whole)
     kept = ("step", "loss", "learning_rates", "rolled_back")
-    rows, again = ([{name: row.get(name) for name in kept} for row in run.metrics] for run in (whole, resumed))
+    rows, again = ([{name: row.get(name) for name in kept} for row in metrics_of(run)] for run in (whole, resumed))
     assert rows == again
-    assert [row["loss"] for row in whole.evaluations] == [row["loss"] for row in resumed.evaluations]
+    assert [row["loss"] for row in evaluations_of(whole)] == [row["loss"] for row in evaluations_of(resumed)]
     assert [row["step"] for row in rows if row["rolled_back"]] == [
         3,
         5,
