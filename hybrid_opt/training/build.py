@@ -237,7 +237,7 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
         free.add("training.steps")
     for name in run.schedule.estimators:  # what the message about a diverging run advises to change
-        tame = ("learning_rate", "gradient_clipping", "sigma", "max_nonfinite")
+        tame = ("learning_rate", "gradient_clipping", "max_nonfinite")
         free |= {f"schedule.estimators.{name}.{field}" for field in tame}
     for key, before, after in differences(saved, now):
         if key not in free:
