@@ -28,6 +28,9 @@ app = typer.Typer(
 for command in (train, check, plan, replay, export, ablate, report, bench, verify, schema):
     app.command()(command)
 
+INTERRUPTED = 130
+"""The exit status into which typer turns a KeyboardInterrupt: 128 and the signal's number, as shells have it."""
+
 
 def _take_local_rank(arguments: list[str]) -> None:
     """The deepspeed launcher writes `--local_rank=N` in front of all other arguments; torchrun sets a variable instead."""
@@ -53,6 +56,7 @@ def main() -> None:
     except UserError as error:
         sys.stderr.write(error_line(error, rank()) + "\n")  # at once, or another rank's line may come in between
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("stopped", file=sys.stderr)
+        raise

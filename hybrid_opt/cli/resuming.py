@@ -15,11 +15,16 @@ PROCESSES = Path("/proc")
 
 def complete_resume(arguments: list[str]) -> None:
     """`--resume` may stand alone, which typer's options cannot: it becomes `--resume=newest`."""
-    for i, argument in enumerate(arguments):
+    for i, argument in enumerate(arguments[: _options_end(arguments)]):
         if argument == "--resume":
             has_value = arguments[i + 1 : i + 2] and arguments[i + 1] in CHOICES
             arguments[i] = f"--resume={arguments.pop(i + 1) if has_value else CHOICES[0]}"
             return
+
+
+def _options_end(arguments: Sequence[str]) -> int:
+    """Where `--` ends the options, or all end."""
+    return arguments.index("--") if "--" in arguments else len(arguments)
 
 
 def command_that_resumes(arguments: Sequence[str]) -> tuple[str, str]:
@@ -44,9 +49,9 @@ def _resumed(command: Sequence[str]) -> str:
     """The command with `--resume` in place of what it said of the run that may be there."""
     kept = list(command)
     complete_resume(kept)
-    return shlex.join(
-        [*(part for part in kept if part != "--overwrite" and not part.startswith("--resume=")), "--resume"]
-    )
+    kept = [part for part in kept if part != "--overwrite" and not part.startswith("--resume=")]
+    kept.insert(_options_end(kept), "--resume")
+    return shlex.join(kept)
 
 
 def _launcher() -> list[str] | None:

@@ -131,6 +131,7 @@ def test_a_signal_during_an_evaluation(command, tmp_path, monkeypatch, evaluatio
         ("train run.yaml --resume", "train run.yaml --resume=newest"),
         ("train --resume auto run.yaml", "train --resume=auto run.yaml"),
         ("train --resume=auto run.yaml", "train --resume=auto run.yaml"),
+        ("train -- run.yaml --resume", "train -- run.yaml --resume"),
     ],
 )
 def test_resume_stands_with_and_without_a_value(given, completed):
@@ -142,6 +143,10 @@ def test_resume_stands_with_and_without_a_value(given, completed):
 def test_the_launchers_command_is_found_among_the_processes_that_started_this_one(tmp_path, monkeypatch):
     own = ["/venv/lib/hybrid_opt/__main__.py", "train", "my run.yaml", "--resume=auto"]
     assert command_that_resumes(own) == ("go on with", "python -m hybrid_opt train 'my run.yaml' --resume")
+    assert (
+        command_that_resumes(["hybrid-opt", "train", "--overwrite", "--", "-.yaml"])[1]
+        == "hybrid-opt train --resume -- -.yaml"
+    )
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setattr(resuming, "PROCESSES", tmp_path)
     assert command_that_resumes(own) == (
