@@ -37,13 +37,13 @@ def test_names_of_arms_and_tasks_stay_in_the_studys_folder(tmp_path):
     document = {"base": "run.yaml", "budgets": [{"steps": 1}], "seeds": [0], "output": str(tmp_path / "study")}
     for number, name in enumerate(NAMES):
         study = document | {"tasks": {name: {}}, "arms": {name: {}}}
-        (tmp_path / f"{number}.yaml").write_text(json.dumps(study))
+        (tmp_path / f"{number}.yaml").write_text(json.dumps(study, ensure_ascii=False))
         plan = StudyPlan(load_study(tmp_path / f"{number}.yaml"), tmp_path / f"{number}.yaml")
         (cell,) = plan.cells
         folder = StudyFolder(plan.study.output).runs / cell.place / "seed-0"
         assert Path(os.path.normpath(folder)).is_relative_to(tmp_path / "study/runs")
         assert len(folder.relative_to(tmp_path / "study/runs").parts) == 4  # task, budget, arm, seed
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # "../../x" and "a/b" of two studies may be alike
         (folder / "metrics.jsonl").write_text("")
 
 
