@@ -191,7 +191,7 @@ def _refuse_other_model(header: Mapping[str, Any], model: Mapping[str, Any] | No
             "made with"
         )
     # Other ranks hold other parts, of which nothing can be said.
-    if header.get("layout") == model["layout"] and header.get("weights") != model["weights"]:
+    if header.get("layout") == model["layout"] is not None and header.get("weights") != model["weights"]:
         raise UserError(
             f"{path}: it begins with other weights than the model has now; use the very model that it was made with (model.revision says "
             "which, if there are several)"

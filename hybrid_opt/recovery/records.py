@@ -99,11 +99,9 @@ def description_of(engine: Engine, start_is_known: bool = True) -> dict[str, Any
     as far as this rank has them (none if nobody can say what they are at the start)."""
     described = [[name, list(whole_shape(p))] for name, p in engine.parameters.items()]
     parameters = hashlib.blake2b(json.dumps(described).encode(), digest_size=8).hexdigest()
-    return {
-        "parameters": parameters,
-        "layout": engine.layout(),
-        "weights": weights_digest(engine) if start_is_known else None,
-    }
+    if engine.ranks.rank or not start_is_known:  # a ledger tells of rank 0's weights
+        return {"parameters": parameters, "layout": None, "weights": None}
+    return {"parameters": parameters, "layout": engine.layout(), "weights": weights_digest(engine)}
 
 
 def _rounded(replay: Replay) -> Replay:

@@ -48,7 +48,7 @@ class JsonLines:
         """What a line holds; None at the end of what can be read."""
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # also brackets without end
             if line.endswith(b"\n") and any(other.strip() for other in rest):
                 why = getattr(error, "msg", error)
                 raise UserError(f"{self.path}: line {number}: not JSON ({why}); mend or delete the line") from None

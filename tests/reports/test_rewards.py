@@ -90,7 +90,7 @@ def test_arms_are_compared_by_the_reward(study):
     assert float(summary["es 0.5"]["reward_difference"]) < 0
     line = next(line for line in write_report(folder, "md").read_text().splitlines() if "2. es 0.5" in line)
     assert line.count("worse") == 2  # the reward and the metric
-    assert "es 0.5: 3 of 24 steps skipped, as all members were equally good." in table["notes"]
+    assert "es 0.5: 3 of 24 steps skipped, as all members were equally good or too many not finite." in table["notes"]
     assert section(document, "pareto")["title"] == "Reward against cost"
 
 

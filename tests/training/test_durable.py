@@ -220,7 +220,13 @@ def test_a_model_that_does_not_fit_leaves_no_half_of_it(tmp_path, limits):
     limits.close()
     assert str(caught.value).startswith(f"{tmp_path}/out/model: cannot be written: File too large; ")
     assert str(caught.value).endswith("; no checkpoint had been saved, so start anew with --overwrite")
-    assert names(tmp_path / "out") == ["checkpoints", "evaluations.jsonl", "machine.json", "metrics.jsonl"]
+    assert names(tmp_path / "out") == [
+        "checkpoints",
+        "evaluations.jsonl",
+        "ledger.jsonl",
+        "machine.json",
+        "metrics.jsonl",
+    ]
     assert names(tmp_path / "out/checkpoints") == []
 
 
