@@ -354,7 +354,7 @@ def test_every_place_in_turn():
     documents = [("run.yaml", BASE), ("run.yaml", REWARD), ("run.yaml", ZERO), ("schedule.yaml", PHASES)]
     cases = [(*case, way, value) for value in EXTREMES for case in documents for way in places(case[1])]
     cases = cases[::17]  # every place and every extreme, not every pair of them
-    assert len(cases) >= 520
+    assert len(cases) >= 500
     for name, document, way, value in cases:
         changed = json.loads(json.dumps(document))
         at(changed, way[:-1])[way[-1]] = value

@@ -194,13 +194,13 @@ def test_vendored_data_is_attributed():
     assert yaml.safe_load((ROOT / "examples/spam/run.yaml").read_text())["model"]["name"] == "smollm2-135m"
 
 
-def test_deepspeed_is_imported_in_one_file():
+def test_deepspeed_is_imported_by_its_engine_alone():
     importing = [
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "hybrid_opt").rglob("*.py")
         if re.search(r"^\s*(from|import) deepspeed\b", path.read_text(), re.MULTILINE)
     ]
-    assert importing == ["hybrid_opt/engines/zero.py"]
+    assert sorted(importing) == ["hybrid_opt/engines/zero.py", "hybrid_opt/engines/zero_checkpoint.py"]
 
 
 def test_check_says_what_zero_saves():
