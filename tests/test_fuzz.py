@@ -365,11 +365,11 @@ def test_every_place_in_turn():
 
 
 def test_run_files():
-    examples(300, trees(BASE, REWARD, ZERO), partial(is_valid, "run.yaml"))
+    examples(350, trees(BASE, REWARD, ZERO), partial(is_valid, "run.yaml"))
 
 
 def test_schedule_files():
-    examples(400, trees(PHASES, *SCHEDULES), partial(is_valid, "schedule.yaml"))
+    examples(450, trees(PHASES, *SCHEDULES), partial(is_valid, "schedule.yaml"))
 
 
 def test_run_files_byte_by_byte():
