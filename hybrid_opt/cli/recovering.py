@@ -26,16 +26,16 @@ def replay(
 ) -> None:
     """Make the model after any step of a run again from its ledger, without evaluating anything."""
     place = output or run / "replayed"
-    if rank() == 0 and place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise UserError(f"{place}: it is there already; choose a new folder with --output")
     quiet()
     from rich.console import Console
 
     from hybrid_opt.models.loading import load_tokenizer
-    from hybrid_opt.recovery.replaying import read_run
+    from hybrid_opt.recovery.replaying import read_run, refuse_present
     from hybrid_opt.recovery.replaying import replay as replay_run
     from hybrid_opt.training.save_model import save_model
 
+    if rank() == 0:
+        refuse_present(place)
     console = Console(quiet=rank() > 0)
     with console.status("replaying ...") as status:
         found = replay_run(run, to_step, allow_code=allow_code, say=status.update)

@@ -12,6 +12,7 @@ from hybrid_opt.config.data import Data
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
 from hybrid_opt.config.estimators import StaleGradient
+from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.objectives import CausalLm, Choice, Function, Objective
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.reporting import INTEGRATIONS, reporters
@@ -119,7 +120,7 @@ class Budget(Strict):
         return getattr(amounts, name) / limit
 
 
-class Training(Strict):
+class Training(Keeping):
     """Length of the run and what happens along it."""
 
     steps: PositiveInt | None = None
@@ -141,15 +142,6 @@ class Training(Strict):
     not measure."""
     checkpoint_every: NonNegativeInt = 0
     """Steps between checkpoints; 0: only when interrupted."""
-    keep_checkpoints: PositiveInt = 2
-    """How many of the latest checkpoints stay; where the newest is damaged, `--resume` goes back to the one before."""
-    snapshots: Literal["checkpoint", "switch"] | PositiveInt = "checkpoint"
-    """When all weights and the optimizer's state are saved after steps that the ledger cannot bring back, those of backprop,
-    stale_gradient and guided: only in a `checkpoint` that is due; at each `switch` to estimators that the ledger does hold; or after so
-    many such steps, 1 being every one. Any but `checkpoint` also leaves the latest snapshots in the folder of a finished run."""
-    replay_at_most: NonNegativeInt = 100
-    """Most steps since the last snapshot that `--resume` takes again from the ledger, without evaluating anything; up to there a
-    checkpoint holds no weights and takes kilobytes. 0: every checkpoint holds them."""
     save_model: bool = True
     """Leave the final model in the run folder."""
     divergence: Divergence | None = None

@@ -4,7 +4,7 @@ One idea: where both act in a step, applying it reads both for the same shards, 
 no noise is drawn twice.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from hybrid_opt.engines.contract import Shard
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.estimators.contract import Estimate, zeros_and
+from hybrid_opt.objectives.contract import Objective
 
 
 class Compared:
@@ -48,3 +49,27 @@ class Compared:
         if not own * other:
             return {}
         return {"cosine": both / (own * other) ** 0.5, "rho2": both**2 / (own * other)}
+
+
+def compared_with(
+    gradient: str | None,
+    estimates: Mapping[str, Estimate],
+    owned: Mapping[str, Collection[str]],
+    objectives: Mapping[str, Objective],
+) -> dict[str, Compared]:
+    """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same to minimise the same.
+
+    Args:
+        gradient: the name of backprop's estimate; None: it does not act.
+        owned: parameters that each estimator may move.
+        objectives: those that are not the run's.
+    """
+    if gradient is None:
+        return {}
+    return {
+        name: Compared(estimate, estimates[gradient], frozenset(owned[gradient]))
+        for name, estimate in estimates.items()
+        if name != gradient
+        and objectives.get(name) is objectives.get(gradient)
+        and not set(owned[gradient]).isdisjoint(owned[name])
+    }

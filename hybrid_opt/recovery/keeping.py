@@ -6,10 +6,10 @@ others.
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.engines.inspection import weights_digest
 from hybrid_opt.errors import DivergedError, DriftError, UserError
 from hybrid_opt.recovery.checkpoint import (
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
     from hybrid_opt.training.run_folder import RunFolder
     from hybrid_opt.training.step_report import StepReport
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """How much is kept; see `config.run.Training`."""
-
-    keep_checkpoints: int = 2
-    snapshots: Literal["checkpoint", "switch"] | int = "checkpoint"
-    replay_at_most: int = 100
 
 
 class Stateful(Protocol):

@@ -16,6 +16,7 @@ from typing import Any
 from hybrid_opt.errors import UserError
 from hybrid_opt.training.durable import append_line, sync, writing
 
+NAME, PACKED = "ledger.jsonl", "ledger.jsonl.gz"
 FORMAT = 1
 MARK = ',"crc32":"'
 """Comes after what the checksum is of, and before its 8 digits and `"}`."""

@@ -13,13 +13,12 @@ from hybrid_opt.config.loading import load_run
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
-from hybrid_opt.recovery.checkpoint import base_of, checkpoints, load_checkpoint, step_of, verified
-from hybrid_opt.recovery.ledger import read_steps, whole_lines
+from hybrid_opt.recovery.checkpoint import base_of, checkpoints, load_checkpoint, place_of, step_of, verified
+from hybrid_opt.recovery.ledger import NAME, PACKED, read_steps, whole_lines
 from hybrid_opt.recovery.records import description_of
 from hybrid_opt.training.build import with_engine_dtype
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-
-LEDGERS = ("ledger.jsonl", "ledger.jsonl.gz")
+from hybrid_opt.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def replay(
     step = way.end() if to_step is None else to_step
     base = way.base(step)
     if base:
-        place = source / "checkpoints" / f"step-{base:08d}"
+        place = place_of(RunFolder(source).checkpoints, base)
         verified(place)
         optimizer.load_state_dict(load_checkpoint(place, ranks.rank)["optimizer"], place / "engine")
     for document in read_steps(ledger, base, step, way.model):
@@ -67,13 +66,19 @@ def replay(
     return Replayed(optimizer, step, base)
 
 
+def refuse_present(folder: Path) -> None:
+    """Raise UserError if something is there already that would be overwritten."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: it is there already; choose a new folder with --output")
+
+
 def find_ledger(source: Path) -> Path:
     """The ledger in a folder.
 
     Raises:
         UserError: there is none.
     """
-    for name in LEDGERS:
+    for name in (NAME, PACKED):
         if (source / name).is_file():
             return source / name
     what = "no such folder" if not source.is_dir() else "it has no ledger.jsonl, so no run has left it"
@@ -107,11 +112,14 @@ class Way:
     @classmethod
     def through(cls, source: Path, ledger: Path, model: dict) -> "Way":
         """The way through a run folder."""
-        lines = list(whole_lines(ledger, model))
-        steps = frozenset(line.step for line in lines if line.step is not None)
-        cuts = frozenset(line.cut for line in lines if line.cut is not None)
-        whole = [place for place in checkpoints(source / "checkpoints") if base_of(place) == place]
-        return cls(source, model, steps, cuts, tuple(map(step_of, whole)))
+        steps, cuts = set(), set()
+        for line in whole_lines(ledger, model):
+            if line.step is not None:
+                steps.add(line.step)
+            elif line.cut is not None:
+                cuts.add(line.cut)
+        whole = [place for place in checkpoints(RunFolder(source).checkpoints) if base_of(place) == place]
+        return cls(source, model, frozenset(steps), frozenset(cuts), tuple(map(step_of, whole)))
 
     def base(self, step: int) -> int:
         """The latest snapshot from which the ledger leads to a step.

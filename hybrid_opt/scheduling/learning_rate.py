@@ -6,6 +6,7 @@ import torch
 from transformers import get_scheduler
 
 from hybrid_opt.config.steps import LearningRate
+from hybrid_opt.errors import UserError
 
 INDEPENDENT_OF_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Schedules that are the same whatever the number of steps in the run."""
@@ -23,3 +24,17 @@ def learning_rate_at(config: LearningRate, steps: int) -> Callable[[int], float]
         config.learning_rate_schedule, placeholder, num_warmup_steps=warmup, num_training_steps=steps
     )
     return lambda step: config.learning_rate * schedule.lr_lambdas[0](step)
+
+
+def learning_rate_of(estimator: str, config: LearningRate, steps: int | None) -> Callable[[int], float]:
+    """The learning rate of an estimator in a run of so many steps; None: nobody knows how many.
+
+    Raises:
+        UserError: it depends on the number of steps.
+    """
+    if steps is None and config.learning_rate_schedule not in INDEPENDENT_OF_LENGTH:
+        raise UserError(
+            f"estimators.{estimator}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the number of steps of the run; "
+            "say it: training.steps in a run file (with a budget: the most steps), steps=... in Python"
+        )
+    return learning_rate_at(config, steps or 0)

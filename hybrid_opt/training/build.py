@@ -15,6 +15,7 @@ from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.foreign_code import code_of, refuse_code
+from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
@@ -34,7 +35,6 @@ from hybrid_opt.objectives.choice import ChoiceData
 from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.objectives.reward import reward_objective
-from hybrid_opt.recovery.keeping import Keeping
 from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
@@ -112,7 +112,7 @@ def build(
         else None,
         probe=_batches(_spread(validation or examples, training.probe_rows), size, data),
         checkpoint_every=training.checkpoint_every,
-        keeping=Keeping(training.keep_checkpoints, training.snapshots, training.replay_at_most),
+        keeping=training,
         divergence=training.divergence,
         check_drift_every=training.check_drift_every,
         output=run.output,
@@ -225,13 +225,11 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
         "report_to",
         "training.evaluate_every",
         "training.checkpoint_every",
-        "training.keep_checkpoints",
-        "training.snapshots",
-        "training.replay_at_most",
         "training.evaluation_rows",
         "training.save_model",
         "training.check_drift_every",
     }
+    free |= {f"training.{key}" for key in Keeping.model_fields}
     free |= {f"training.divergence.{key}" for key in Divergence.model_fields}
     free |= {f"training.budget.{currency}" for currency in Budget.model_fields}
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):

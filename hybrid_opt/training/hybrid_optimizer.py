@@ -25,14 +25,14 @@ from hybrid_opt.engines.update_rules import Sgd, UpdateRule, build_rule
 from hybrid_opt.errors import DivergedError, UserError, did_you_mean
 from hybrid_opt.estimators.anchor import Anchor
 from hybrid_opt.estimators.build import build_estimator
-from hybrid_opt.estimators.comparison import Compared
+from hybrid_opt.estimators.comparison import compared_with
 from hybrid_opt.estimators.contract import Cost, Estimate, WeightedSum
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.recovery.records import Part, Record, digest_of
-from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH, learning_rate_at
+from hybrid_opt.scheduling.learning_rate import learning_rate_of
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
@@ -97,7 +97,7 @@ class HybridOptimizer:
             for name, c in self.config.estimators.items()
         }
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
-        self.learning_rates = {name: _learning_rate(name, c, steps) for name, c in self.config.estimators.items()}
+        self.learning_rates = {name: learning_rate_of(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
         self.rate_factor = 1.0
@@ -135,7 +135,7 @@ class HybridOptimizer:
         gradient = next((name for name in plan if self.rules[name] is None), None)
         if gradient is not None:
             self.followers.show(estimates[gradient], owned[gradient])
-        compared = self._compared(gradient, estimates, owned)
+        compared = compared_with(gradient, estimates, owned, self.objectives)
         estimates |= compared
         rates = {name: self.rate_factor * self.learning_rates[name](step) for name in plan}
         telling = [name for name in plan if not costs[name].is_empty]
@@ -264,21 +264,6 @@ class HybridOptimizer:
             self.engine.apply(parts, record.step)
         self.signals = replace(self.signals, step=record.step + 1)
 
-    def _compared(
-        self, gradient: str | None, estimates: dict[str, Estimate], owned: dict[str, list[str]]
-    ) -> dict[str, Compared]:
-        """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same to
-        minimise the same."""
-        if gradient is None:
-            return {}
-        return {
-            name: Compared(estimate, estimates[gradient], frozenset(owned[gradient]))
-            for name, estimate in estimates.items()
-            if name != gradient
-            and self.objectives.get(name) is self.objectives.get(gradient)
-            and not set(owned[gradient]).isdisjoint(owned[name])
-        }
-
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
@@ -360,12 +345,3 @@ def _refuse_not_finite(cost: Cost) -> None:
         raise DivergedError(
             f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping"
         )
-
-
-def _learning_rate(name: str, config, steps: int | None) -> Callable[[int], float]:
-    if steps is None and config.learning_rate_schedule not in INDEPENDENT_OF_LENGTH:
-        raise UserError(
-            f"estimators.{name}.learning_rate_schedule: {config.learning_rate_schedule!r} depends on the number of steps of the run; "
-            "say it: training.steps in a run file (with a budget: the most steps), steps=... in Python"
-        )
-    return learning_rate_at(config, steps or 0)

@@ -31,6 +31,7 @@ import yaml
 from hybrid_opt.config.yaml_text import YAML_12_FLOAT, read_yaml
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import checkpoints, step_of
+from hybrid_opt.recovery.ledger import NAME
 from hybrid_opt.training.durable import ASIDE, write_atomically, writing
 from hybrid_opt.training.json_lines import JsonLines
 
@@ -40,7 +41,7 @@ CONTENTS = (
     "machine.json",
     "metrics.jsonl",
     "evaluations.jsonl",
-    "ledger.jsonl",
+    NAME,
     "checkpoints",
     "logs",
     "summary.json",
@@ -87,7 +88,7 @@ class RunFolder:
         self.machine = self.path / "machine.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
-        self.ledger = self.path / "ledger.jsonl"
+        self.ledger = self.path / NAME
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.summary = self.path / "summary.json"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine as EngineConfig
+from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
@@ -20,7 +21,7 @@ from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
-from hybrid_opt.recovery.keeping import Keeper, Keeping
+from hybrid_opt.recovery.keeping import Keeper
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for

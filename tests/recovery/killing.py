@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.recovery import ledger
-from hybrid_opt.recovery.keeping import Keeping
 from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
