@@ -119,6 +119,9 @@ def die_before(call: str, number: int, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Kill each kind of run at many moments; print how often at which."""
+    tiny_model().save_pretrained(
+        folder / "imports"
+    )  # which loads more libraries than training does, here once for all lives
     draw, counts = random.Random(0), dict.fromkeys(("timer", *MOMENTS), 0)
     for run in RUNS:
         begun = time.monotonic()

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_opt import UserError, build, load_model, load_run, load_tokenizer
+from hybrid_opt.cli import main
 from hybrid_opt.config.run import Model
 from hybrid_opt.recovery.export import export
 from hybrid_opt.recovery.replaying import replay
@@ -43,15 +43,16 @@ def run(write_run, tmp_path):
     return tmp_path / "out"
 
 
-def test_the_command_makes_the_models_of_the_last_step_and_of_any(run, tmp_path):
+def test_the_command_makes_the_models_of_the_last_step_and_of_any(run, tmp_path, monkeypatch, capsys):
     final = load_file(run / "model/model.safetensors")
     for step, place in ((None, run / "replayed"), (2, tmp_path / "two")):
         options = [] if step is None else ["--to-step", str(step), "--output", str(place)]
-        command = [sys.executable, "-m", "hybrid_opt", "replay", str(run), *options]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        monkeypatch.setattr(sys, "argv", ["hybrid-opt", "replay", str(run), *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 0
         taken = 5 if step is None else step
-        assert f"step {taken}: the model at the start and {taken} steps of the ledger" in done.stdout
+        assert f"step {taken}: the model at the start and {taken} steps of the ledger" in capsys.readouterr().out
         assert equal(load_file(place / "model/model.safetensors"), final) == (step is None)
     assert (run / "replayed/model/tokenizer.json").exists()
 
