@@ -4,6 +4,7 @@ Each life of the run is a fork of this process, in which nothing has been comput
 thread is lost in the fork.
 """
 
+import faulthandler
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import deepspeed  # noqa: F401  transformers imports it to save a model: here once for all lives
 import torch
 from safetensors.torch import load_file
 
@@ -79,6 +81,7 @@ def live(run: str, folder: Path, *, dying: Callable[[], None] = lambda: None, af
     """Whether a life came to its end; it may arrange its own death, or be killed after so many seconds."""
     child = os.fork()
     if not child:
+        faulthandler.dump_traceback_later(60, exit=True)  # a life that hangs tells where
         try:
             dying()
             train(run, folder)
@@ -119,9 +122,6 @@ def die_before(call: str, number: int, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Kill each kind of run at many moments; print how often at which."""
-    tiny_model().save_pretrained(
-        folder / "imports"
-    )  # which loads more libraries than training does, here once for all lives
     draw, counts = random.Random(0), dict.fromkeys(("timer", *MOMENTS), 0)
     for run in RUNS:
         begun = time.monotonic()
