@@ -260,6 +260,7 @@ class HybridOptimizer:
                 part.estimator, part.estimate, part.weight, list(part.names), part.learning_rate
             )
         ]
+        self.checks.forget()
         if parts:
             self.engine.apply(parts, record.step)
         self.signals = replace(self.signals, step=record.step + 1)

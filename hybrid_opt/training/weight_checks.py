@@ -32,7 +32,7 @@ class WeightChecks:
         self.forget()
 
     def forget(self) -> None:
-        """Weights are about to be put back from a checkpoint: what they were is of no interest."""
+        """Weights are about to be written by something that is not checked: a checkpoint, or a ledger's step."""
         self.sums: list[Tensor] = []
 
     def before_update(self, step: int) -> None:

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.ledger import Ledger, encoded, read_steps, whole_lines
 from tests.conftest import token_batch
+from tests.damage import damaged
 from tests.recovery.test_records import ES, optimizer_of
 
 MODEL = {"parameters": "ab", "layout": {"ranks": 1}, "weights": "cd"}
@@ -58,6 +60,21 @@ def test_nothing_is_read_beyond_a_changed_byte(tmp_path):
         assert steps_in(path) == [0]
     with pytest.raises(UserError, match="the record of step 1 is missing or damaged"):
         list(read_steps(path, 0, 3, MODEL))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_any_damage_leaves_true_lines_only(tmp_path, packed):
+    path, luck, shorter = tmp_path / ("l.gz" if packed else "l"), random.Random(0), 0
+    ledger_of(tmp_path / "l", *range(12))
+    if packed:
+        path.write_bytes(gzip.compress((tmp_path / "l").read_bytes(), mtime=0))
+    whole, content = [line.document for line in whole_lines(path, MODEL)], path.read_bytes()
+    for _ in range(400):
+        path.write_bytes(damaged(content, luck))
+        read = [line.document for line in whole_lines(path, MODEL)]
+        assert read == whole[: len(read)]
+        shorter += len(read) < len(whole)
+    assert shorter >= 300
 
 
 def test_steps_that_were_taken_again_replace_the_former_ones(tmp_path):

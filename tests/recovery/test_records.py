@@ -118,6 +118,17 @@ def test_a_parameter_that_was_not_perturbed_low_rank_is_remembered_as_such():
     assert all(torch.equal(weights_of(again)[name], w) for name, w in weights_of(trained).items())
 
 
+def test_a_replayed_step_is_no_drift():
+    schedule = {"estimators": {"own": ES}, "schedule": {"type": "single", "estimator": "own"}}
+    one, other = (HybridOptimizer(tiny_model(), token_losses, schedule=schedule, check_drift_every=1) for _ in range(2))
+    _first, second = documents_of(one, 2)
+    other.step(token_batch())
+    other.replay(second)
+    other.step(token_batch())
+    one.step(token_batch())
+    assert all(torch.equal(weights_of(one)[name], weights) for name, weights in weights_of(other).items())
+
+
 def test_records_of_another_policy_are_refused():
     (document,) = documents_of(optimizer_of(ES), 1)
     other = optimizer_of(ES, policy=[{"match": "embed", "use": "frozen"}, {"match": ".*", "use": ["own"]}])

@@ -9,8 +9,9 @@ import torch
 
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
-from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint, verified
 from hybrid_opt.training.run_folder import RunFolder
+from tests.damage import damaged
 
 STATE = {
     "optimizer": {
@@ -34,21 +35,6 @@ def whole(tmp_path_factory):
     return save_checkpoint(folder, 3, Ranks(), lambda place: STATE)
 
 
-def damaged(content: bytes, luck: random.Random) -> bytes:
-    """Cut off, with a bit turned over, with bytes put in or taken out, or empty."""
-    place = luck.randrange(len(content))
-    match luck.choice(["cut", "flip", "flip", "flip", "insert", "remove", "empty"]):
-        case "cut":
-            return content[:place]
-        case "flip":
-            return content[:place] + bytes([content[place] ^ 1 << luck.randrange(8)]) + content[place + 1 :]
-        case "insert":
-            return content[:place] + luck.randbytes(4) + content[place:]
-        case "remove":
-            return content[:place] + content[place + luck.randint(1, 40) :]
-    return b""
-
-
 def outcomes(whole, folder):
     """For many damages of each file: the damage, and what was loaded or why not."""
     for file in sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file()):
@@ -57,6 +43,7 @@ def outcomes(whole, folder):
             copy = shutil.copytree(whole, folder / f"{file.name}-{number}" / whole.name)
             (copy / file).write_bytes(damaged((whole / file).read_bytes(), luck))
             try:
+                verified(copy)
                 yield f"{file}, damage {number}", load_checkpoint(copy)
             except UserError as error:
                 yield f"{file}, damage {number}", str(error)
@@ -80,18 +67,30 @@ def test_an_undamaged_one_is_what_was_saved(whole):
     assert same(load_checkpoint(whole), STATE)
 
 
-def test_damage_is_never_another_error(whole, tmp_path):
+def test_damage_is_an_error_or_harmless(whole, tmp_path):
     found = list(outcomes(whole, tmp_path))
     errors = [outcome for _, outcome in found if isinstance(outcome, str)]
-    assert all(error.startswith(f"{tmp_path}/") and "cannot be read" in error for error in errors)
-    assert len(found) >= 2 * DAMAGES
-    assert len(errors) >= len(found) / 3
-
-
-@pytest.mark.xfail(reason="a turned bit in a tensor is only seen with checksums", strict=False)
-def test_what_loads_in_spite_of_damage_is_what_was_saved(whole, tmp_path):
-    loaded = {what: state for what, state in outcomes(whole, tmp_path) if not isinstance(state, str)}
+    assert all(error.startswith(f"{tmp_path}/") for error in errors)
+    assert len(found) >= 3 * DAMAGES
+    assert len(errors) >= 0.9 * len(found)
+    loaded = {what: state for what, state in found if not isinstance(state, str)}
     assert [what for what, state in loaded.items() if not same(state, STATE)] == []
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "values.json"])
+def test_a_damaged_file_without_its_manifest_is_never_another_error(whole, tmp_path, name):
+    """What `verified` lets through by chance, or a hand has changed together with the manifest."""
+    copy, luck, errors = shutil.copytree(whole, tmp_path / whole.name), random.Random(name), []
+    file = next(copy.rglob(name))
+    content = file.read_bytes()
+    for _ in range(DAMAGES):
+        file.write_bytes(damaged(content, luck))
+        try:
+            load_checkpoint(copy)
+        except UserError as error:
+            errors.append(str(error))
+    assert len(errors) >= DAMAGES / 3
+    assert all(error.startswith(f"{tmp_path}/") and "cannot be read" in error for error in errors)
 
 
 @pytest.mark.parametrize(
