@@ -23,7 +23,6 @@ from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
 from hybrid_opt.recovery.keeping import Keeper
 from hybrid_opt.training.attribution import Attribution
-from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.dashboard import display_for
 from hybrid_opt.training.divergence import Guard
 from hybrid_opt.training.durable import CannotWriteError
@@ -31,12 +30,13 @@ from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.integrations import Integrations, hyperparameters
 from hybrid_opt.training.interrupt import stop_requests
+from hybrid_opt.training.journal import Journal
 from hybrid_opt.training.machine import describe_machine
-from hybrid_opt.training.metrics import evaluation_row, measures_of, metrics_row
+from hybrid_opt.training.metrics import metrics_row
 from hybrid_opt.training.progress import Display, Displays, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
-from hybrid_opt.training.summary import Summary, Totals
+from hybrid_opt.training.summary import Summary
 from hybrid_opt.training.update_norms import UpdateNorms
 
 
@@ -131,7 +131,6 @@ class Trainer:
             check_drift_every=check_drift_every,
         )
         self.ranks = self.optimizer.engine.ranks
-        self.records = self.folder is not None and self.ranks.rank == 0
         self.consolidates = getattr(engine, "consolidate", False)
         self.batches = as_batches(batches)
         self.own_batches = {name: as_batches(batches) for name, (_, batches) in own.items()}
@@ -144,10 +143,11 @@ class Trainer:
         self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
-        if self.records and reporters(report_to):
+        if self.folder and not self.ranks.rank and reporters(report_to):
             shown = hyperparameters(config, self.optimizer, steps)
             tracked = Integrations(report_to, self.folder, shown, model, tokenizer, self.display.say)
             self.display = Displays(self.display, tracked)
+        self.journal = Journal(self.folder, self.display, writes=self.ranks.rank == 0)
         self.keeper = self._keeper(keeping, tokenizer) if self.folder else None
         self.guard = Guard(
             divergence,
@@ -164,8 +164,6 @@ class Trainer:
                 "divergence": self.guard,
                 "random": Generators(device),
             }
-        self.before: dict[str, float] = {}
-        self.totals, self.evaluated_at = Totals(), -1
 
     def train(self) -> Summary:
         """Take the steps that are left, and write the model, the metrics and the summary.
@@ -186,8 +184,7 @@ class Trainer:
     def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
         """What the display sees of the run."""
         try:
-            recorded = self.folder.recorded() if self.folder else ()
-            self.display.start(self.optimizer.signals.step, self.steps, *recorded)
+            self.journal.start(self.optimizer.signals.step, self.steps)
             if not self.resume:
                 self._measure_before()
             try:
@@ -221,8 +218,8 @@ class Trainer:
     def _look_around(self, step: int) -> None:
         """What is due between two steps."""
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
-        if is_due and self.evaluated_at < step:  # a resumed run may have done it
-            self._record_evaluation(step, measures := self._evaluate(self.validation_along))
+        if is_due and self.journal.evaluated_at < step:  # a resumed run may have done it
+            self.journal.evaluated(measures := self._evaluate(self.validation_along), self.optimizer.signals)
             self.guard.evaluated(measures["loss"])
         is_due = self.checkpoint_every and step % self.checkpoint_every == 0
         if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
@@ -242,12 +239,9 @@ class Trainer:
         norms, own = self.update_norms.after(), self.optimizer.objectives
         row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
         row |= self.guard.told()
-        self.totals.add(row)
         if self.keeper:
             self.keeper.stepped(report)
-        if self.records:
-            self.folder.append(self.folder.metrics, row)
-        self.display.stepped(row, self.done())
+        self.journal.stepped(row, self.done())
         self.guard.stepped(report.loss)
 
     # ------------------------------------------------------------ beginning and end
@@ -256,7 +250,7 @@ class Trainer:
         if self.resume:
             self._load()
             return
-        if self.records:
+        if self.journal.writes:
             self.folder.prepare()
             self.keeper.begin()
             if self.config is not None:
@@ -272,10 +266,10 @@ class Trainer:
     def _measure_before(self) -> None:
         if self.validation:
             self.display.say("evaluating before the first step ...")
-            self.before = self._evaluate(self.validation)
-            self._record_evaluation(0, self.before)
+            self.journal.before = self._evaluate(self.validation)
+            self.journal.evaluated(self.journal.before, self.optimizer.signals)
         along = self.validation_along  # the rows that the guard will go on seeing
-        self.guard.begin(lambda: self.before if along is self.validation else self._evaluate(along))
+        self.guard.begin(lambda: self.journal.before if along is self.validation else self._evaluate(along))
 
     def _end(self) -> Summary:
         if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest
@@ -285,11 +279,9 @@ class Trainer:
         if self.validation:
             self.display.say("evaluating after the last step ...")
             after = self._evaluate(self.validation)
-            self._record_evaluation(self.optimizer.signals.step, after)
+            self.journal.evaluated(after, self.optimizer.signals)
         summary = self._summary(after)
-        if self.records:
-            draw_curves(*self.folder.recorded(), self.folder.curves)
-            self.folder.write_summary(summary.as_dict())
+        if self.journal.writes:
             self.keeper.finish()
         self.optimizer.engine.leave()
         return summary
@@ -300,31 +292,17 @@ class Trainer:
         return self._summary({}, finished=False)
 
     def _summary(self, after: dict[str, float], finished: bool = True) -> Summary:
-        decrease = self.attribution.decrease
-        return Summary(
-            steps=self.optimizer.signals.step,
+        return self.journal.summary(
+            self.optimizer.signals,
+            after,
+            self.attribution.decrease,
             goal="reward" if self.is_reward else "loss",
-            before=self.before,
-            after=after,
-            estimators=self.totals.shares(decrease),
-            shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
-            seconds=self.optimizer.signals.seconds,
-            peak_memory_bytes=self.totals.peak_memory_bytes,
             roll_backs=self.guard.roll_backs,
             finished=finished,
         )
 
-    # ------------------------------------------------------------ measuring and recording
-
     def _evaluate(self, batches: Sequence[Any]) -> dict[str, float]:
         return evaluate(self.optimizer.engine, self.optimizer.objective, batches)
-
-    def _record_evaluation(self, step: int, measures: dict[str, float]) -> None:
-        row = evaluation_row(step, measures, self.optimizer.signals)
-        self.evaluated_at = step
-        if self.records:
-            self.folder.append(self.folder.evaluations, row)
-        self.display.evaluated(step, measures)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -347,8 +325,4 @@ class Trainer:
 
     def _load(self) -> None:
         self.keeper.load()
-        metrics, evaluations = self.folder.recorded()
-        self.totals = Totals(metrics)
-        for row in evaluations:
-            self.before = self.before or measures_of(row)
-            self.evaluated_at = row["step"]
+        self.journal.read()

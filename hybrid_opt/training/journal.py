@@ -1,0 +1,92 @@
+"""What a run writes down of its steps and evaluations, and shows. Next: `run_folder.py`, `progress.py`, `summary.py`.
+
+One idea: the same rows go to the folder, the display and the totals, so a resumed run that reads its rows knows what it had known.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.training.curves import draw_curves
+from hybrid_opt.training.metrics import evaluation_row, measures_of
+from hybrid_opt.training.progress import Display
+from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.training.summary import Summary, Totals
+
+
+class Journal:
+    """Rows of a run.
+
+    Args:
+        folder: where they are kept; None: nowhere.
+        display: shows them.
+        writes: whether this is the process among several that writes.
+    """
+
+    def __init__(self, folder: RunFolder | None, display: Display, *, writes: bool):
+        self.folder, self.display = folder, display
+        self.writes = writes and folder is not None
+        self.before: dict[str, float] = {}
+        """Measures on the validation rows before the first step."""
+        self.evaluated_at = -1
+        """The step of the latest evaluation."""
+        self.totals = Totals()
+
+    def start(self, step: int, steps: int | None) -> None:
+        """The run begins or goes on; its former rows are shown."""
+        self.display.start(step, steps, *(self.folder.recorded() if self.folder else ()))
+
+    def read(self) -> None:
+        """Know what the run that goes on has written."""
+        metrics, evaluations = self.folder.recorded()
+        self.totals = Totals(metrics)
+        for row in evaluations:
+            self.before = self.before or measures_of(row)
+            self.evaluated_at = row["step"]
+
+    def stepped(self, row: dict[str, Any], done: float) -> None:
+        """A step was taken."""
+        self.totals.add(row)
+        if self.writes:
+            self.folder.append(self.folder.metrics, row)
+        self.display.stepped(row, done)
+
+    def evaluated(self, measures: dict[str, float], signals: Signals) -> None:
+        """The model was evaluated after so many steps."""
+        self.evaluated_at = signals.step
+        if self.writes:
+            self.folder.append(self.folder.evaluations, evaluation_row(signals.step, measures, signals))
+        self.display.evaluated(signals.step, measures)
+
+    def summary(
+        self,
+        signals: Signals,
+        after: dict[str, float],
+        decrease: Mapping[str, float],
+        *,
+        goal: str,
+        roll_backs: int,
+        finished: bool,
+    ) -> Summary:
+        """What has come of the run; of one that is finished it stays in the folder, with the curves.
+
+        Args:
+            after: measures after the last step.
+            decrease: each estimator's credit of `Attribution`, and that of those who acted together.
+        """
+        summary = Summary(
+            steps=signals.step,
+            goal=goal,
+            before=self.before,
+            after=after,
+            estimators=self.totals.shares(decrease),
+            shared_loss_decrease={who: amount for who, amount in decrease.items() if "+" in who},
+            seconds=signals.seconds,
+            peak_memory_bytes=self.totals.peak_memory_bytes,
+            roll_backs=roll_backs,
+            finished=finished,
+        )
+        if finished and self.writes:
+            draw_curves(*self.folder.recorded(), self.folder.curves)
+            self.folder.write_summary(summary.as_dict())
+        return summary
