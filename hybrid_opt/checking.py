@@ -164,7 +164,7 @@ def cost_table(run: RunFile) -> Table:
 def timeline(run: RunFile, steps: int) -> Iterator[Text]:
     """One line for each stretch of steps in which the same estimators act with the same weights."""
     schedule, signals = build_schedule(run.schedule.schedule), Signals()
-    by_tokens = any(getattr(phase, "tokens", None) for phase in getattr(run.schedule.schedule, "phases", ()))
+    by_tokens = any(phase.tokens for phase in run.schedule.phases)
     stretches: list[tuple[int, int, str]] = []
     for step in range(steps):
         weights = schedule.plan(step, signals)
@@ -186,6 +186,13 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
     for first, last, who in stretches:
         steps_text = f"step  {first:>{width}}" if first == last else f"steps {first:>{width}} to {last:>{width}}"
         yield Text(f"{steps_text:<{2 * width + 11}} {who}")
+    for number, phase in enumerate(run.schedule.phases):
+        if phase.until:
+            most = f", at the latest after {phase.at_most} steps" if phase.at_most else ""
+            follows = run.schedule.schedule.following(number)
+            yield Text(
+                f"(phase {number} ends when {phase.until}{most}; phase {follows} follows. Signals are known only in the run)"
+            )
     if by_tokens:
         yield Text("(phases given in tokens: their ends are estimated from batches of full length)")
 

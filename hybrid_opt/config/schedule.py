@@ -12,7 +12,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.guided import FirstMoment, Guided
-from hybrid_opt.config.strict import NonNegativeFloat, PositiveInt, Strict
+from hybrid_opt.config.strict import NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
+from hybrid_opt.config.triggers import Trigger
 
 
 def _is_a_name(name: str) -> str:
@@ -124,10 +125,38 @@ class Phase(Strict):
     """Length in steps."""
     tokens: PositiveInt | None = None
     """Length in tokens that the estimators have processed; the phase ends at the first step that reaches it."""
+    until: Trigger | None = None
+    """The phase ends when a signal crosses a limit."""
+    at_least: PositiveInt | None = None
+    """With `until`: fewest steps."""
+    at_most: PositiveInt | None = None
+    """With `until`: most steps."""
+    cool_down: NonNegativeInt = 0
+    """With `until`: steps after the trigger has ended the phase in which it may not end it again."""
+    then: NonNegativeInt | None = None
+    """Number of the phase that follows, which may be an earlier one; left out: the next."""
     schedule: Annotated[Single | Alternate | Blend, Field(discriminator="type")]
     """Who acts during the phase, with steps counted from its start."""
     policy: tuple[Rule, ...] | None = None
     """Replaces the file's policy during the phase."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has a length."""
+        return any((self.steps, self.tokens, self.until))
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        lengths = [name for name in ("steps", "tokens", "until") if getattr(self, name) is not None]
+        if len(lengths) > 1:
+            raise ValueError(f"a phase has one length, but here are {' and '.join(lengths)}; keep one")
+        if self.until is None and (self.at_least or self.at_most or self.cool_down):
+            raise ValueError("at_least, at_most and cool_down go with until; drop them, or write until: {signal: ...}")
+        if self.at_least and self.at_most and self.at_most < self.at_least:
+            raise ValueError(f"at_most {self.at_most} is less than at_least {self.at_least}")
+        if self.then is not None and not lengths:
+            raise ValueError("then says what follows, but the phase has no length; give it steps, tokens or until")
+        return self
 
 
 class Phases(Strict):
@@ -140,12 +169,23 @@ class Phases(Strict):
     @field_validator("phases")
     @classmethod
     def _lengths_are_clear(cls, phases):
+        last = len(phases) - 1
         for number, phase in enumerate(phases):
-            if phase.steps and phase.tokens:
-                raise ValueError(f"phase {number} has a length both in steps and in tokens; keep one")
-            if not (phase.steps or phase.tokens) and number < len(phases) - 1:
-                raise ValueError(f"phase {number} has no length; give it steps or tokens (only the last may have none)")
+            if not phase.ends and number < last:
+                raise ValueError(
+                    f"phase {number} has no length; give it steps, tokens or until (only the last may have none)"
+                )
+            if phase.then is not None and (phase.then > last or phase.then == number):
+                others = ", ".join(str(other) for other in range(len(phases)) if other != number) or "there is none"
+                raise ValueError(f"phase {number}: then {phase.then} is no other phase; write one of {others}")
+        if phases[-1].until and phases[-1].then is None:
+            raise ValueError(f"phase {last} has until, but nothing follows; write then: 0, or drop until")
         return phases
+
+    def following(self, number: int) -> int | None:
+        """The phase that comes after one; None: it lasts."""
+        then = self.phases[number].then
+        return then if then is not None else number + 1 if number + 1 < len(self.phases) else None
 
 
 Schedule = Annotated[Single | Alternate | Blend | Phases, Field(discriminator="type")]
@@ -168,10 +208,21 @@ def acting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
 def lasting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
     """Names of the estimators that still act however long a schedule goes on."""
     if isinstance(schedule, Phases):
-        return lasting_names(schedule.phases[-1].schedule)
+        return list(
+            dict.fromkeys(n for i in _lasting_phases(schedule) for n in lasting_names(schedule.phases[i].schedule))
+        )
     if isinstance(schedule, Blend):
         return [name for name, w in schedule.weights.items() if (w.end if isinstance(w, Ramp) else w)]
     return acting_names(schedule)
+
+
+def _lasting_phases(schedule: Phases) -> list[int]:
+    """The phase that lasts, or those that are gone through over and over."""
+    way, number = [], 0
+    while number is not None and number not in way:
+        way.append(number)
+        number = schedule.following(number)
+    return way[-1:] if number is None else way[way.index(number) :]
 
 
 class ScheduleFile(Strict):
@@ -190,10 +241,12 @@ class ScheduleFile(Strict):
     def _names_are_defined(self):
         for name in acting_names(self.schedule):
             self._known(name, "the schedule")
-        phases = self.schedule.phases if isinstance(self.schedule, Phases) else ()
+        for number, phase in enumerate(self.phases):
+            if phase.until and phase.until.estimator:
+                self._known(phase.until.estimator, f"the trigger of phase {number}")
         for where, rules in [
             ("the policy", self.policy),
-            *((f"the policy of phase {i}", p.policy) for i, p in enumerate(phases)),
+            *((f"the policy of phase {i}", p.policy) for i, p in enumerate(self.phases)),
         ]:
             for rule in rules or ():
                 for name in () if rule.use == "frozen" else rule.use:
@@ -234,13 +287,18 @@ class ScheduleFile(Strict):
 
     @model_validator(mode="after")
     def _tokens_are_processed(self):
-        for number, phase in enumerate(self.schedule.phases if isinstance(self.schedule, Phases) else ()):
+        for number, phase in enumerate(self.phases):
             if phase.tokens and (names := self.lasts_without_forwards(phase.schedule)):
                 raise ValueError(
                     f"phase {number} has a length in tokens, but {names} (stale_gradient) processes none, so it would not end; "
                     "give it steps"
                 )
         return self
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The schedule's phases; none in one without."""
+        return self.schedule.phases if isinstance(self.schedule, Phases) else ()
 
     def lasts_without_forwards(self, schedule: Single | Alternate | Blend | Phases) -> str:
         """Who acts alone from some step of a schedule on and makes no forward pass; empty if somebody does."""

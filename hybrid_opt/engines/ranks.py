@@ -86,6 +86,10 @@ class Ranks:
         """The smallest of all ranks' numbers."""
         return int(self.gather(torch.tensor(number)).min())
 
+    def most(self, number: float) -> float:
+        """The largest of all ranks' numbers."""
+        return self.gather(torch.tensor(number, dtype=torch.float64)).max().item()
+
     def any(self, flag: bool) -> bool:
         """Whether it is so for some rank."""
         return bool(self.gather(torch.tensor(flag)).any())

@@ -4,11 +4,11 @@ One idea: a schedule answers `plan(step, signals) -> {estimator: weight}`, and a
 rests. All the mixing there is lies in this dictionary.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from hybrid_opt.config import schedule as config
-from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.scheduling.signals import Signals, restored
 
 Plan = dict[str, float]
 """Weight of each estimator that acts."""
@@ -19,9 +19,11 @@ class Schedule(Protocol):
 
     phase: int | None
     """Number of the phase that the latest plan belongs to; None in a schedule without phases."""
+    reason: str | None
+    """Why the latest plan begins something new, where signals have decided it."""
 
     def plan(self, step: int, signals: Signals) -> Plan:
-        """Who acts at a step (0-based; steps are asked for in order)."""
+        """Who acts at a step (0-based; steps are asked for in order, one perhaps more than once)."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,6 +62,7 @@ class FixedSchedule:
     """Single, alternate or blend: decided by the step alone."""
 
     phase: int | None = None
+    reason: str | None = None
 
     def __init__(self, schedule: config.Single | config.Alternate | config.Blend):
         self.schedule = schedule
@@ -76,38 +79,77 @@ class FixedSchedule:
         """Nothing is remembered."""
 
 
-@dataclass
 class PhasedSchedule:
     """Schedules one after another, each counting its steps from the start of its phase."""
 
-    phases: tuple[config.Phase, ...]
-    phase: int = 0
-    start_step: int = 0
-    start_tokens: int = 0
+    def __init__(self, schedule: config.Phases):
+        self.schedule = schedule
+        self.phase = 0
+        self.reason: str | None = None
+        self.start = Signals()
+        """The signals when the phase began."""
+        self.in_a_row = 0
+        """Measurements in a row, up to the latest, that met the phase's trigger."""
+        self.silent: dict[int, int] = {}
+        """Phases, and the step before which their triggers may not end them again."""
+        self.planned = -1
+        """The step of the latest plan."""
 
     def plan(self, step: int, signals: Signals) -> Plan:
         """See `Schedule.plan`. After the end of the last phase it goes on."""
-        if self.phase < len(self.phases) - 1 and self._over(step, signals):
-            self.phase, self.start_step, self.start_tokens = self.phase + 1, step, signals.tokens
-        return plan_of(self.phases[self.phase].schedule, step - self.start_step)
+        if step > self.planned:
+            self.planned, self.reason = step, None
+            following = self.schedule.following(self.phase)
+            if following is not None and (reason := self._over(step, signals)):
+                self._enter(following, signals, reason)
+        return plan_of(self.schedule.phases[self.phase].schedule, step - self.start.step)
 
-    def _over(self, step: int, signals: Signals) -> bool:
-        phase = self.phases[self.phase]
+    def _enter(self, number: int, signals: Signals, reason: str) -> None:
+        self.reason = f"phase {number} after {reason}"
+        self.silent[self.phase] = signals.step + self.schedule.phases[self.phase].cool_down
+        self.phase, self.start, self.in_a_row = number, signals, 0
+
+    def _over(self, step: int, signals: Signals) -> str:
+        """Why the phase is over; empty while it is not."""
+        phase, length = self.schedule.phases[self.phase], step - self.start.step
         if phase.steps is not None:
-            return step - self.start_step >= phase.steps
-        return signals.tokens - self.start_tokens >= phase.tokens
+            return f"{length} steps" if length >= phase.steps else ""
+        if phase.tokens is not None:
+            tokens = signals.tokens - self.start.tokens
+            return f"{tokens:,} tokens" if tokens >= phase.tokens else ""
+        return self._triggered(phase, length, signals) if phase.until and length else ""
+
+    def _triggered(self, phase: config.Phase, length: int, signals: Signals) -> str:
+        value = signals.value(phase.until.signal, self.start)
+        if value is not None:
+            self.in_a_row = self.in_a_row + 1 if phase.until.is_met(value) else 0
+        if phase.at_most and length >= phase.at_most:
+            return f"{length} steps, the most"
+        is_silent = length < (phase.at_least or 0) or signals.step < self.silent.get(self.phase, 0)
+        if is_silent or self.in_a_row < phase.until.in_a_row:
+            return ""
+        return f"{phase.until}" + ("" if value is None else f" (now {value:.4g})")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the current phase began."""
-        return {"phase": self.phase, "start_step": self.start_step, "start_tokens": self.start_tokens}
+        """Where the current phase began, and what its trigger has seen."""
+        return {
+            "phase": self.phase,
+            "reason": self.reason,
+            "start": asdict(self.start),
+            "in_a_row": self.in_a_row,
+            "silent": [[phase, step] for phase, step in self.silent.items()],
+            "planned": self.planned,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.phase, self.start_step, self.start_tokens = state["phase"], state["start_step"], state["start_tokens"]
+        self.phase, self.reason, self.start = state["phase"], state["reason"], restored(state["start"])
+        self.in_a_row, self.planned = state["in_a_row"], state["planned"]
+        self.silent = dict(state["silent"])
 
 
 def build_schedule(schedule: config.Single | config.Alternate | config.Blend | config.Phases) -> Schedule:
     """The schedule that a configuration describes, at its beginning."""
     if isinstance(schedule, config.Phases):
-        return PhasedSchedule(schedule.phases)
+        return PhasedSchedule(schedule)
     return FixedSchedule(schedule)

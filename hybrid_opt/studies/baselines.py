@@ -163,5 +163,9 @@ def _swapped(schedule) -> dict[str, Any]:
                     "baselines: order_swapped needs the length of the last phase too, because it comes first then; write "
                     "steps: ... there, or drop it from baselines"
                 )
+            if any(phase.then is not None for phase in schedule.phases):
+                raise UserError(
+                    "baselines: order_swapped cannot turn round phases that say what follows (then); drop it from baselines"
+                )
             return {**document, "phases": document["phases"][::-1]}
     raise UserError("baselines: order_swapped needs turns, ramps or phases to swap; drop it from baselines")

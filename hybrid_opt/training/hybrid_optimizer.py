@@ -35,7 +35,7 @@ from hybrid_opt.recovery.records import Part, Record, digest_of
 from hybrid_opt.scheduling.learning_rate import learning_rate_of
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
-from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.scheduling.signals import Signals, restored
 from hybrid_opt.training.step_report import StepReport, loss_of
 from hybrid_opt.training.weight_checks import WeightChecks
 
@@ -163,15 +163,17 @@ class HybridOptimizer:
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
             record=record,
+            decision=self.schedule.reason,
         )
         self.signals = self.signals.updated(
             tokens=report.tokens,
             forwards=sum(cost.forwards for cost in costs.values()),
             backwards=sum(cost.backwards for cost in costs.values()),
             forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
-            seconds=report.seconds,
+            seconds=self.engine.ranks.most(report.seconds),  # all ranks decide by the same signals
             loss=report.loss,
             is_lost=is_lost,
+            measured=report.measured,
         )
         return report
 
@@ -294,7 +296,7 @@ class HybridOptimizer:
         """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
         self.roll_back(state, folder)
         self.schedule.load_state_dict(state["schedule"])
-        self.signals = Signals(**state["signals"])
+        self.signals = restored(state["signals"])
         self.rate_factor = state["rate_factor"]
 
     def roll_back(self, state: dict[str, Any], folder: Path | None = None) -> None:
@@ -307,6 +309,11 @@ class HybridOptimizer:
                 if rule is not None:
                     rule.load_state_dict(state["rules"][name])
         recall(self.estimators, state["estimators"], self.engine)
+
+    def tell(self, measured: Mapping[str, float]) -> None:
+        """Let the schedule's triggers know what was measured after the latest step, such as `{"validation_loss": 1.5}`; by the names of
+        `config.triggers`, and the same on all ranks."""
+        self.signals = self.signals.told(measured)
 
     def skip_step(self) -> None:
         """Go on with the next step where this one could not be taken."""

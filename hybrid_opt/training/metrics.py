@@ -1,6 +1,6 @@
 """The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `goal.py`, `run_folder.py`."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hybrid_opt.scheduling.signals import Signals
@@ -15,6 +15,7 @@ def metrics_row(
     peak_memory: int,
     update_norms: dict[str, dict[str, float]],
     *,
+    signals: Mapping[str, float] | None = None,
     is_reward: bool = False,
     own: Collection[str] = (),
 ) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def metrics_row(
     Args:
         peak_memory: most memory used during the step, in bytes.
         update_norms: see `UpdateNorms.after`.
+        signals: what else triggers may ask for, by the names of `config.triggers`.
         is_reward: whether the run's objective is a reward; then the line has `reward`, which is `-loss`.
         own: estimators with an objective of their own; their parts have `own_objective`.
     """
@@ -56,6 +58,8 @@ def metrics_row(
             for name, cost in report.costs.items()
         },
         "update_norms": update_norms,
+        **({"signals": dict(signals)} if signals else {}),
+        **({"decision": report.decision} if report.decision else {}),
     }
 
 

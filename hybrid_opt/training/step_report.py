@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hybrid_opt.config.triggers import OF_ESTIMATORS
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.recovery.records import Record
 
@@ -30,6 +31,19 @@ class StepReport:
     """Duration of each estimate, and of an even part of the rest."""
     record: Record | None
     """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
+    decision: str | None = None
+    """What the schedule has decided before this step because of signals, and why."""
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """What triggers may ask of the estimators that acted, by the names of `config.triggers`."""
+        found = {}
+        for name, cost in self.costs.items():
+            told = {**cost.statistics, "loss": cost.loss}
+            if "snr" in told:
+                told["pair_correlation"] = (1 - told["snr"]) / (1 + told["snr"])
+            found |= {f"{name}.{what}": told[what] for what in OF_ESTIMATORS if told.get(what) is not None}
+        return found
 
 
 def loss_of(costs: Iterable[Cost]) -> float | None:

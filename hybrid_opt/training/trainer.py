@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.divergence import Divergence
@@ -17,7 +18,7 @@ from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import forget_peak, peak_memory_bytes
+from hybrid_opt.memory import forget_peak, free_memory_bytes, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
@@ -140,7 +141,9 @@ class Trainer:
         self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
-        self.attribution = Attribution((lambda: self._evaluate(probe)["loss"]) if probe else None)
+        self.attribution = Attribution(
+            (lambda: self._evaluate(probe)["loss"]) if probe else None, lambda: self.optimizer.signals
+        )
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         if self.folder and not self.ranks.rank and reporters(report_to):
@@ -220,6 +223,7 @@ class Trainer:
         is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
         if is_due and self.journal.evaluated_at < step:  # a resumed run may have done it
             self.journal.evaluated(measures := self._evaluate(self.validation_along), self.optimizer.signals)
+            self.optimizer.tell({"validation_loss": measures["loss"]})
             self.guard.evaluated(measures["loss"])
         is_due = self.checkpoint_every and step % self.checkpoint_every == 0
         if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
@@ -237,12 +241,21 @@ class Trainer:
         if report is None:
             return
         norms, own = self.update_norms.after(), self.optimizer.objectives
-        row = metrics_row(report, peak_memory_bytes(device), norms, is_reward=self.is_reward, own=own)
+        peak, signals = peak_memory_bytes(device), self._measured(device)
+        row = metrics_row(report, peak, norms, signals=signals, is_reward=self.is_reward, own=own)
         row |= self.guard.told()
         if self.keeper:
             self.keeper.stepped(report)
         self.journal.stepped(row, self.done())
         self.guard.stepped(report.loss)
+
+    def _measured(self, device: torch.device) -> dict[str, float]:
+        """What the schedule is told after a step: on all ranks the same, of memory the worst of theirs."""
+        free = self.ranks.least(free_memory_bytes(device))
+        self.optimizer.tell({"peak_memory_bytes": self.ranks.most(peak_memory_bytes(device))})
+        self.optimizer.tell(told := {"free_memory_bytes": free, **self.attribution.told()})
+        slope = self.optimizer.signals.loss_slope()
+        return {**told, **({} if slope is None else {"loss_slope": slope})}
 
     # ------------------------------------------------------------ beginning and end
 

@@ -215,46 +215,69 @@ import os, sys
 from hybrid_opt.engines import rank_loss
 import hybrid_opt.engines.zero, hybrid_opt.training.build, hybrid_opt.cli
 rank_loss.EVERY, rank_loss.PATIENCE = 1.0, 6.0
-run, folder, *ports = sys.argv[1:]
+run, folder, resumed_port, *ports = sys.argv[1:]
 os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-for pair, port in enumerate(ports):
+
+def begin(pair, port, *more):
+    processes = []
     for rank in range(2):
         if (process := os.fork()) == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port}
-            os.dup2(os.open(f"{folder}/{pair}.{rank}.log", os.O_CREAT | os.O_WRONLY), 2)
-            sys.argv = ["hybrid-opt", "train", run, "engine.type=zero", "engine.zero_stage=2", f"output={folder}/{pair}"]
-            sys.argv += [] if pair == 0 else ["training.steps=100000"]
+            os.dup2(os.open(f"{folder}/{pair}.{rank}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY), 2)
+            sys.argv = ["hybrid-opt", "train", run, "engine.type=zero", "engine.zero_stage=2", f"output={folder}/{pair}", *more]
             hybrid_opt.cli.main()
             sys.exit(0)
+        processes.append(process)
         print(process, flush=True)
-for _ in range(2 * len(ports)):
-    print(*os.wait(), flush=True)
+    return processes
+
+begin(0, ports[0])
+killed = begin(1, ports[1], "training.checkpoint_every=2")
+for pair, port in enumerate(ports[2:], start=2):
+    begin(pair, port, "training.steps=100000")
+for _ in range(2 * len(ports) + 2):
+    process, status = os.wait()
+    print(process, status, flush=True)
+    if process in killed and not killed.remove(process) and not killed:
+        begin(1, resumed_port, "training.checkpoint_every=2", "--resume")
 """
 
 
-def test_a_rank_ends_when_another_one_dies_or_stands_still_and_only_then(place):
-    """Pairs without a launcher that would end the rest, all at once: the first runs to its end."""
+def test_ranks_die_or_stand_still(place):
+    """Pairs without a launcher that would end the rest, all at once: a rank ends when the other one does, and only then; and a pair of
+    which nothing is left goes on to the weights of the one that was left alone."""
     folder = place / "pairs"
     folder.mkdir()
     victims = [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)]
-    ports = [free_port() for _ in range(5)]
+    ports = [free_port() for _ in range(7)]
+    ids, seen, ended = [], [], {}
     with started(sys.executable, "-c", PAIRS, place / "run.yaml", folder, *ports) as process:
-        ids, seen = [], []
-        while len(ids) < 10:
+
+        def read():
             seen.append(process.stdout.readline())
             assert seen[-1], "".join(seen)
-            ids += [int(seen[-1])] if seen[-1].strip().isdigit() else []
-        for pair, (kind, rank) in enumerate(victims, start=1):
+            words = seen[-1].split()
+            if re.fullmatch(r"\d+( \d+)?\n", seen[-1]):
+                ids.extend([int(words[0])] if len(words) == 1 else [])
+                ended.update({int(words[0]): os.waitstatus_to_exitcode(int(words[1]))} if len(words) == 2 else {})
+
+        while len(ids) < 12:
+            read()
+        wait_for_steps(folder / "1", 5)
+        for rank in ids[2:4]:
+            os.kill(rank, signal.SIGKILL)
+        assert not (folder / "1/summary.json").exists()
+        for pair, (kind, rank) in enumerate(victims, start=2):
             wait_for_steps(folder / str(pair), 3)
             os.kill(ids[2 * pair + rank], kind)
-        ended, hurt = {}, {ids[2 * pair + rank] for pair, (_, rank) in enumerate(victims, start=1)}
-        deadline = time.time() + 60
-        while set(ids) - hurt - set(ended) and time.time() < deadline:
-            if found := re.fullmatch(r"(\d+) (\d+)\n", process.stdout.readline()):
-                ended[int(found[1])] = os.waitstatus_to_exitcode(int(found[2]))
+        hurt = {ids[2 * pair + rank] for pair, (_, rank) in enumerate(victims, start=2)}
+        deadline = time.time() + 90
+        while (len(ids) < 14 or set(ids) - hurt - set(ended)) and time.time() < deadline:
+            read()
     logs = {file.stem: file.read_text() for file in sorted(folder.glob("*.log"))}
-    assert [ended.get(id) for id in ids[:2]] == [0, 0], logs
-    for pair, (kind, rank) in enumerate(victims, start=1):
+    assert [ended.get(id) for id in (*ids[:2], *ids[12:])] == [0] * 4, logs
+    same_weights(folder / "0", folder / "1")
+    for pair, (kind, rank) in enumerate(victims, start=2):
         other = 1 - rank
         assert ended.get(ids[2 * pair + other], 0) > 0, (kind, rank, logs)
         who = f"rank {rank}" if kind == signal.SIGSTOP else f"(rank {rank}|another rank)"
