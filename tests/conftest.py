@@ -1,5 +1,6 @@
 """Shared pieces: small real models, and a run file on real data."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_opt.objectives.contract import FunctionObjective, count_examples
+
+
+def imports_are_done() -> None:
+    """From here on what is not used any more is collected, of what comes from here on."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_collection_finish() -> None:
+    imports_are_done()
+
 
 ROOT = Path(__file__).parents[1]
 GLASS = ROOT / "tests/data/glass_en"

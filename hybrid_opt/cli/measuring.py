@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from hybrid_opt.cli.arguments import AllowCode, Overrides, quiet
+from hybrid_opt.cli.starting import importing
 
 
 def bench(
@@ -54,12 +55,13 @@ def bench(
     bench_plan.check_json(json_file)
     if distributed:
         bench_plan.check_ranks(ranks, rows or ())
-    quiet()
-    from rich.console import Console
+    with importing():
+        quiet()
+        from rich.console import Console
 
-    from hybrid_opt.studies.bench import measure_case, ready_cases, write_json
-    from hybrid_opt.studies.bench_distributed import measure_distributed
-    from hybrid_opt.studies.bench_table import StatusLine, case_table, distributed_table, header_of, remarks
+        from hybrid_opt.studies.bench import measure_case, ready_cases, write_json
+        from hybrid_opt.studies.bench_distributed import measure_distributed
+        from hybrid_opt.studies.bench_table import StatusLine, case_table, distributed_table, header_of, remarks
 
     console, found = Console(width=None if sys.stdout.isatty() else 110), []  # a pipe has no width of its own
     for case in ready_cases(cases, () if distributed else names):
@@ -113,15 +115,16 @@ def verify(
     check_json(json_file)
     options = {"model": model, "data": data, "prompt": prompt, "completion": completion, "text": text}
     chosen = subject(run, overrides or (), **options)
-    quiet()
-    from rich.console import Console
+    with importing():
+        quiet()
+        from rich.console import Console
 
-    from hybrid_opt.studies.bench import write_json
-    from hybrid_opt.studies.bench_table import StatusLine
-    from hybrid_opt.studies.verify.real_model import RealModel
-    from hybrid_opt.studies.verify.registry import measured
-    from hybrid_opt.studies.verify.sampling import Trials
-    from hybrid_opt.studies.verify.writing import KNOWN, REAL, verdict, verify_table
+        from hybrid_opt.studies.bench import write_json
+        from hybrid_opt.studies.bench_table import StatusLine
+        from hybrid_opt.studies.verify.real_model import RealModel
+        from hybrid_opt.studies.verify.registry import measured
+        from hybrid_opt.studies.verify.sampling import Trials
+        from hybrid_opt.studies.verify.writing import KNOWN, REAL, verdict, verify_table
 
     console = Console(width=None if sys.stdout.isatty() else 120)  # a pipe has no width of its own
     with StatusLine() as line:

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from hybrid_opt.cli.arguments import AllowCode, quiet, rank
+from hybrid_opt.cli.starting import importing
 from hybrid_opt.errors import UserError
 
 RunFolderPath = Annotated[
@@ -26,13 +27,14 @@ def replay(
 ) -> None:
     """Make the model after any step of a run again from its ledger, without evaluating anything."""
     place = output or run / "replayed"
-    quiet()
-    from rich.console import Console
+    with importing():
+        quiet()
+        from rich.console import Console
 
-    from hybrid_opt.models.loading import load_tokenizer
-    from hybrid_opt.recovery.replaying import read_run, refuse_present
-    from hybrid_opt.recovery.replaying import replay as replay_run
-    from hybrid_opt.training.save_model import save_model
+        from hybrid_opt.models.loading import load_tokenizer
+        from hybrid_opt.recovery.replaying import read_run, refuse_present
+        from hybrid_opt.recovery.replaying import replay as replay_run
+        from hybrid_opt.training.save_model import save_model
 
     if rank() == 0:
         refuse_present(place)

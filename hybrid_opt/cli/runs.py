@@ -8,6 +8,7 @@ import typer
 
 from hybrid_opt.cli.arguments import AllowCode, Overrides, RunPath, SchedulePath, load, quiet, rank
 from hybrid_opt.cli.resuming import command_that_resumes
+from hybrid_opt.cli.starting import importing
 from hybrid_opt.errors import UserError
 
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
@@ -39,11 +40,12 @@ def train(
     if resume and overwrite:
         raise UserError("command line: --resume goes on with a run, --overwrite replaces it; give one of them")
     config, source = load(run, overrides, schedule)
-    quiet()
-    from rich.console import Console
+    with importing():
+        quiet()
+        from rich.console import Console
 
-    from hybrid_opt.config import located
-    from hybrid_opt.training.run_folder import RunFolder
+        from hybrid_opt.config import located
+        from hybrid_opt.training.run_folder import RunFolder
 
     console, folder = Console(quiet=rank() > 0), RunFolder(config.output)
     if resume == "auto":
@@ -54,13 +56,14 @@ def train(
         resume, overwrite = (
             ("newest", False) if goes_on else (None, True)
         )  # what there is has no checkpoint to go on from
-    from hybrid_opt.training.build import build
-    from hybrid_opt.training.dashboard import display_for
-    from hybrid_opt.training.progress import summary_table
+    with located(source), importing():  # building imports the engine and the model's classes
+        from hybrid_opt.training.build import build
+        from hybrid_opt.training.dashboard import display_for
+        from hybrid_opt.training.progress import summary_table
 
-    with located(source):
         shown = display_for(display, console, config.training.budget)
         trainer = build(config, allow_code=allow_code, overwrite=overwrite, resume=resume is not None, display=shown)
+    with located(source):
         summary = trainer.train()
     console.print(summary_table(summary))
     if summary.finished:
@@ -76,11 +79,12 @@ def check(
     run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None, allow_code: AllowCode = False
 ) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
-    from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
-    from hybrid_opt.config import located
-    from hybrid_opt.config.foreign_code import code_of, code_of_model, refuse_code
-    from hybrid_opt.config.reporting import refuse_missing_packages
-    from hybrid_opt.objectives.checking import check_data
+    with importing():
+        from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
+        from hybrid_opt.config import located
+        from hybrid_opt.config.foreign_code import code_of, code_of_model, refuse_code
+        from hybrid_opt.config.reporting import refuse_missing_packages
+        from hybrid_opt.objectives.checking import check_data
 
     config, source = load(run, overrides, schedule)
     with located(source):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from hybrid_opt.cli.arguments import AllowCode, quiet
+from hybrid_opt.cli.starting import importing
 
 
 def ablate(
@@ -32,10 +33,11 @@ def ablate(
         console.print(arms_table(plan))
         console.print(count_line(plan), highlight=False, soft_wrap=True)
         return
-    quiet()
-    from hybrid_opt.studies.ablate import Ablation
-    from hybrid_opt.studies.bench_table import StatusLine
-    from hybrid_opt.studies.search import check_search
+    with importing():
+        quiet()
+        from hybrid_opt.studies.ablate import Ablation
+        from hybrid_opt.studies.bench_table import StatusLine
+        from hybrid_opt.studies.search import check_search
 
     check_search(plan.study.learning_rates)
     with StatusLine() as line:

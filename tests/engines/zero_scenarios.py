@@ -35,7 +35,7 @@ from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.objectives.reward import RewardObjective
 from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
 from hybrid_opt.training.save_model import save_model
-from tests.conftest import GLASS, tiny_model, token_batch, token_losses
+from tests.conftest import GLASS, imports_are_done, tiny_model, token_batch, token_losses
 
 STAGES = (1, 2, 3)
 CPU = {"device": "cpu"}
@@ -1277,6 +1277,7 @@ def _end_unless_all_raise(ranks, place: Path, problem: str) -> None:
 
 
 if __name__ == "__main__":
+    imports_are_done()
     torch.set_num_threads(1)
     get_accelerator().is_fp16_supported = lambda: True  # torch computes in it on every CPU, only not faster
     run_scenarios(Path(sys.argv[1]))

@@ -25,7 +25,7 @@ from hybrid_opt.recovery import ledger
 from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
-from tests.conftest import tiny_model, token_batch, token_losses
+from tests.conftest import imports_are_done, tiny_model, token_batch, token_losses
 
 STEPS = 12
 ES = {"type": "es", "population_size": 6, "learning_rate": 1e-2, "update": {"type": "adam"}}
@@ -122,6 +122,7 @@ def die_before(call: str, number: int, folder: Path) -> None:
 
 def main(folder: Path) -> None:
     """Kill each kind of run at many moments; print how often at which."""
+    imports_are_done()
     draw, counts = random.Random(0), dict.fromkeys(("timer", *MOMENTS), 0)
     for run in RUNS:
         begun = time.monotonic()
