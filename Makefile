@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/hybrid-opt train examples/spam/run.yaml --overwrite
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
