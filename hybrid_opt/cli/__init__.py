@@ -1,4 +1,4 @@
-"""The command line: train | check | plan | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
+"""The command line: train | check | plan | status | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
 `recovering.py`, `studies.py`, `measuring.py`, then `../config/loading.py`, `../training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
@@ -16,6 +16,7 @@ from hybrid_opt.cli.recovering import export, replay
 from hybrid_opt.cli.resuming import complete_resume
 from hybrid_opt.cli.runs import check, plan, schema, train
 from hybrid_opt.cli.studies import ablate, report
+from hybrid_opt.cli.watching import status
 from hybrid_opt.errors import UserError, error_line
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, check, plan, replay, export, ablate, report, bench, verify, schema):
+for command in (train, check, plan, status, replay, export, ablate, report, bench, verify, schema):
     app.command()(command)
 
 INTERRUPTED = 130

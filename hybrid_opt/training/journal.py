@@ -3,12 +3,15 @@
 One idea: the same rows go to the folder, the display and the totals, so a resumed run that reads its rows knows what it had known.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.training.curves import draw_curves
+from hybrid_opt.training.messages import Messages
 from hybrid_opt.training.metrics import evaluation_row, measures_of
+from hybrid_opt.training.presence import present
 from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.summary import Summary, Totals
@@ -26,11 +29,33 @@ class Journal:
     def __init__(self, folder: RunFolder | None, display: Display, *, writes: bool):
         self.folder, self.display = folder, display
         self.writes = writes and folder is not None
+        self.messages = Messages(folder.path if self.writes else None, display.say)
         self.before: dict[str, float] = {}
         """Measures on the validation rows before the first step."""
         self.evaluated_at = -1
         """The step of the latest evaluation."""
         self.totals = Totals()
+
+    @contextmanager
+    def held(self, facts: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the folder is this process's; warnings, and an error that ends the run, are kept there.
+
+        Args:
+            facts: see `present`.
+        """
+        if not self.writes:
+            yield
+            return
+        with present(self.folder.path, facts), self.messages.warnings_kept():
+            try:
+                yield
+            except BaseException as error:
+                self.messages.keep(f"ended by {type(error).__name__}: {error}")
+                raise
+
+    def say(self, text: str) -> None:
+        """Show a line and keep it."""
+        self.messages.say(text)
 
     def start(self, step: int, steps: int | None) -> None:
         """The run begins or goes on; its former rows are shown."""

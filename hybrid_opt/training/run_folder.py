@@ -10,6 +10,8 @@
     summary.json        before, after, and what each estimator contributed
     curves.png          loss against steps and seconds
     model/              the final model, as transformers loads it
+    messages.log        what the run said along the way, with the time
+    process.json        which process writes the folder, or wrote it last
     replayed/, export/  what `hybrid-opt replay` and `hybrid-opt export` made
     report.*            what `hybrid-opt report` made of the others
 
@@ -34,6 +36,8 @@ from hybrid_opt.recovery.checkpoint import checkpoints, step_of
 from hybrid_opt.recovery.ledger import NAME
 from hybrid_opt.training.durable import ASIDE, write_atomically, writing
 from hybrid_opt.training.json_lines import JsonLines
+from hybrid_opt.training.messages import NAME as MESSAGES
+from hybrid_opt.training.presence import NAME as PROCESS
 
 REPORTS = ("report.html", "report.md", "report.json", "report.png")
 CONTENTS = (
@@ -47,6 +51,8 @@ CONTENTS = (
     "summary.json",
     "curves.png",
     "model",
+    MESSAGES,
+    PROCESS,
     "adapter",
     "replayed",
     "export",
@@ -136,7 +142,8 @@ class RunFolder:
         """Make the folder, without anything that an earlier run left in it."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_entries(self.path, (*CONTENTS, *(half.name for half in self.path.glob(f"{ASIDE}*"))))
+            earlier = {*CONTENTS, *(half.name for half in self.path.glob(f"{ASIDE}*"))}
+            remove_entries(self.path, earlier - {PROCESS})  # which is this one
 
     def write_config(self, config: dict[str, Any]) -> None:
         """The resolved configuration as `run.yaml`, which `train` takes like the original."""

@@ -5,6 +5,7 @@ what happened, so a loop of one's own around the same object gives the same weig
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ class Trainer:
             self.optimizer,
             self.attribution,
             self.keeper,
-            self.display.say,
+            self.journal.say,
             evaluates=bool(evaluate_every and self.validation_along),
         )
         if self.keeper:
@@ -177,12 +178,17 @@ class Trainer:
             UserError: losses that are not finite, or batches that ended; a checkpoint is saved first. Or something could not be
                 written; what had been saved is whole.
         """
-        with self.ranks.loss_reported(), stop_requests(self.display.say) as stop_requested:
+        with self.ranks.loss_reported(), stop_requests(self.journal.say) as stop_requested, self._held():
             try:
                 self._begin()
                 return self._shown(stop_requested)
             except CannotWriteError as error:
                 raise CannotWriteError(f"{error}{self.keeper.way_on_after(error)}") from None
+
+    def _held(self) -> AbstractContextManager[None]:
+        step = (self.folder.saved_step() or 0) if self.folder and self.resume else 0
+        budget = self.budget.model_dump(exclude_none=True) if self.budget else None
+        return self.journal.held({"step": step, "steps": self.steps, "budget": budget})
 
     def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
         """What the display sees of the run."""
@@ -300,7 +306,7 @@ class Trainer:
         return summary
 
     def _interrupted(self) -> Summary:
-        self.display.say(f"stopped after {self.optimizer.signals.step} steps{self._save()}")
+        self.journal.say(f"stopped after {self.optimizer.signals.step} steps{self._save()}")
         self.optimizer.engine.leave()
         return self._summary({}, finished=False)
 
@@ -329,7 +335,7 @@ class Trainer:
             keeping,
             config=self.config,
             consolidate=consolidate if self.consolidates else None,
-            say=lambda line: self.display.say(line),
+            say=lambda line: self.journal.say(line),
         )
 
     def _save(self) -> str:
