@@ -264,7 +264,7 @@ CASES = [
     case("empty pattern", SCH, turns(), "schedule.pattern: ", "at least 1"),
     case("weights all zero", SCH, blend(es=0, backprop=0), "schedule.weights: all weights are 0"),
     case("negative weight", SCH, blend(es=-1, backprop=1), "schedule.weights.es: ", "greater than or equal to 0"),
-    case("phase without length", SCH, phases(ENDLESS, ENDLESS), "schedule.phases: phase 0", "steps or tokens"),
+    case("phase without length", SCH, phases(ENDLESS, ENDLESS), "schedule.phases: phase 0", "steps, tokens or until"),
     case("phase with two lengths", SCH, phases({**ENDLESS, "steps": 1, "tokens": 9}), "phase 0", "keep one"),
     # policies
     case("unknown in a policy", SCH, policy({**ALL, "use": ["ess"]}), "policy names the estimator 'ess'", "'es'?"),

@@ -140,23 +140,23 @@ class Phase(Strict):
     policy: tuple[Rule, ...] | None = None
     """Replaces the file's policy during the phase."""
 
-    @property
-    def ends(self) -> bool:
-        """Whether it has a length."""
-        return any((self.steps, self.tokens, self.until))
 
-    @model_validator(mode="after")
-    def _one_length(self):
-        lengths = [name for name in ("steps", "tokens", "until") if getattr(self, name) is not None]
-        if len(lengths) > 1:
-            raise ValueError(f"a phase has one length, but here are {' and '.join(lengths)}; keep one")
-        if self.until is None and (self.at_least or self.at_most or self.cool_down):
-            raise ValueError("at_least, at_most and cool_down go with until; drop them, or write until: {signal: ...}")
-        if self.at_least and self.at_most and self.at_most < self.at_least:
-            raise ValueError(f"at_most {self.at_most} is less than at_least {self.at_least}")
-        if self.then is not None and not lengths:
-            raise ValueError("then says what follows, but the phase has no length; give it steps, tokens or until")
-        return self
+def _problem_of_length(phase: Phase, is_last: bool) -> str:
+    """What is wrong with what a phase says of its length; empty if nothing is."""
+    lengths = [name for name in ("steps", "tokens", "until") if getattr(phase, name) is not None]
+    if len(lengths) > 1:
+        return f"has a length both in {lengths[0]} and in {lengths[1]}; keep one"
+    if not lengths and not is_last:
+        return "has no length; give it steps, tokens or until (only the last may have none)"
+    if not lengths and phase.then is not None:
+        return "says what follows (then), but has no length; give it steps, tokens or until"
+    if phase.until is None and (phase.at_least or phase.at_most or phase.cool_down):
+        return "has at_least, at_most or cool_down, which go with until; drop them, or write until: {signal: ...}"
+    if phase.until and is_last and phase.then is None:
+        return "has until, but nothing follows; write then: 0, or drop until"
+    if phase.at_least and phase.at_most and phase.at_most < phase.at_least:
+        return f"has at_most {phase.at_most}, less than at_least {phase.at_least}"
+    return ""
 
 
 class Phases(Strict):
@@ -169,17 +169,12 @@ class Phases(Strict):
     @field_validator("phases")
     @classmethod
     def _lengths_are_clear(cls, phases):
-        last = len(phases) - 1
         for number, phase in enumerate(phases):
-            if not phase.ends and number < last:
-                raise ValueError(
-                    f"phase {number} has no length; give it steps, tokens or until (only the last may have none)"
-                )
-            if phase.then is not None and (phase.then > last or phase.then == number):
+            if problem := _problem_of_length(phase, is_last=number == len(phases) - 1):
+                raise ValueError(f"phase {number} {problem}")
+            if phase.then is not None and (phase.then >= len(phases) or phase.then == number):
                 others = ", ".join(str(other) for other in range(len(phases)) if other != number) or "there is none"
                 raise ValueError(f"phase {number}: then {phase.then} is no other phase; write one of {others}")
-        if phases[-1].until and phases[-1].then is None:
-            raise ValueError(f"phase {last} has until, but nothing follows; write then: 0, or drop until")
         return phases
 
     def following(self, number: int) -> int | None:

@@ -341,7 +341,7 @@ REFUSED_SCHEDULES = {
     ),
     "no length": (
         {"schedule": phases({}, {"steps": 2})},
-        "schedule.phases: phase 0 has no length; give it steps or tokens (only the last may have none)",
+        "schedule.phases: phase 0 has no length; give it steps, tokens or until (only the last may have none)",
     ),
     "unknown estimator in the schedule": (
         {"schedule": {"type": "alternate", "pattern": {"es": 1, "bq": 1}}},

@@ -147,12 +147,12 @@ def test_a_schedule_with_its_state_put_back_decides_the_same(cut):
         ([until("c.snr", below=1), LAST], "the trigger of phase 0 names the estimator 'c', which is not defined"),
         ([until("loss", below=1, above=2), LAST], "needs either above or below"),
         ([until("loss"), LAST], "needs either above or below"),
-        ([until("loss", below=1, steps=3), LAST], "one length, but here are steps and until"),
+        ([until("loss", below=1, steps=3), LAST], "phase 0 has a length both in steps and in until; keep one"),
         ([until("loss", below=1)], "phase 0 has until, but nothing follows"),
-        ([until("loss", below=1, at_least=5, at_most=4), LAST], "at_most 4 is less than at_least 5"),
+        ([until("loss", below=1, at_least=5, at_most=4), LAST], "phase 0 has at_most 4, less than at_least 5"),
         ([{"steps": 1, "at_most": 4, "schedule": single("a")}, LAST], "go with until"),
         ([until("loss", below=1, then=2), LAST], "phase 0: then 2 is no other phase; write one of 1"),
-        ([{"steps": 2, "schedule": single("a")}, {**LAST, "then": 0}], "then says what follows, but"),
+        ([{"steps": 2, "schedule": single("a")}, {**LAST, "then": 0}], "phase 1 says what follows .then., but has no length"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(phases, message):
