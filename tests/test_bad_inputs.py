@@ -14,6 +14,8 @@ import yaml
 
 from hybrid_opt import cli
 from hybrid_opt.config import load_run
+from hybrid_opt.training.messages import NAME as MESSAGES
+from hybrid_opt.training.presence import NAME as PROCESS
 from tests.conftest import GLASS, ROOT, run_document
 
 Arrange = Callable[[Path], list[str]]
@@ -399,8 +401,9 @@ CASES = [
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything below a folder."""
+    """Everything below a folder, but for who has tried to use it and why in vain."""
     found = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
+    found = (path for path in found if path.name not in (MESSAGES, PROCESS))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in found}
 
 
