@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator
 from rich.table import Column, Table
 from rich.text import Text
 
+from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop, StaleGradient
 from hybrid_opt.config.objectives import Objective
@@ -163,6 +164,9 @@ def cost_table(run: RunFile) -> Table:
 
 def timeline(run: RunFile, steps: int) -> Iterator[Text]:
     """One line for each stretch of steps in which the same estimators act with the same weights."""
+    if isinstance(run.schedule.schedule, Adaptive):
+        yield from _blocks(run, run.schedule.schedule)
+        return
     schedule, signals = build_schedule(run.schedule.schedule), Signals()
     by_tokens = any(phase.tokens for phase in run.schedule.phases)
     stretches: list[tuple[int, int, str]] = []
@@ -195,6 +199,22 @@ def timeline(run: RunFile, steps: int) -> Iterator[Text]:
             )
     if by_tokens:
         yield Text("(phases given in tokens: their ends are estimated from batches of full length)")
+
+
+def _blocks(run: RunFile, schedule: Adaptive) -> Iterator[Text]:
+    """How long blocks of a schedule are that decides in the run whose they are."""
+    yield Text(
+        f"blocks of {schedule.block:g} forward equivalents, each of the estimator that pays most per {schedule.per}:"
+    )
+    for name in schedule.estimators:
+        estimator = run.schedule.estimators[name]
+        batch = run.batch_size_of(name)
+        cost = estimator.forwards_a_step * estimator.examples(batch) / batch
+        cost += (3 if estimator.gradient_checkpointing else 2) if isinstance(estimator, Backprop) else 0
+        steps = math.ceil(schedule.block / cost) if cost else None
+        yield Text(
+            f"  {name}: {steps} step{'s' * (steps != 1)} of {cost:g}" if steps else f"  {name}: no forward passes"
+        )
 
 
 def _longest(run: RunFile, estimator: str) -> int:

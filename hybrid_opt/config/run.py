@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine, LocalEngine, ZeroEngine
@@ -309,6 +310,14 @@ class RunFile(Strict):
             raise ValueError(
                 f"training.budget counts what forward passes take, but at the end {names} (stale_gradient) acts alone and makes "
                 "none, so the run would not end; write training.steps too"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_measured(self):
+        if isinstance(self.schedule.schedule, Adaptive) and not self.training.probe_rows:
+            raise ValueError(
+                "an adaptive schedule goes by the loss on probe rows; write training.probe_rows, such as 32"
             )
         return self
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.guided import FirstMoment, Guided
 from hybrid_opt.config.strict import NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
@@ -183,10 +184,11 @@ class Phases(Strict):
         return then if then is not None else number + 1 if number + 1 < len(self.phases) else None
 
 
-Schedule = Annotated[Single | Alternate | Blend | Phases, Field(discriminator="type")]
+AnySchedule = Single | Alternate | Blend | Phases | Adaptive
+Schedule = Annotated[AnySchedule, Field(discriminator="type")]
 
 
-def acting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
+def acting_names(schedule: AnySchedule) -> list[str]:
     """Names of the estimators that a schedule ever lets act, in order of first mention."""
     match schedule:
         case Single():
@@ -197,10 +199,12 @@ def acting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
             names = list(schedule.weights)
         case Phases():
             names = [name for phase in schedule.phases for name in acting_names(phase.schedule)]
+        case Adaptive():
+            names = list(schedule.estimators)
     return list(dict.fromkeys(names))
 
 
-def lasting_names(schedule: Single | Alternate | Blend | Phases) -> list[str]:
+def lasting_names(schedule: AnySchedule) -> list[str]:
     """Names of the estimators that still act however long a schedule goes on."""
     if isinstance(schedule, Phases):
         return list(
@@ -295,7 +299,7 @@ class ScheduleFile(Strict):
         """The schedule's phases; none in one without."""
         return self.schedule.phases if isinstance(self.schedule, Phases) else ()
 
-    def lasts_without_forwards(self, schedule: Single | Alternate | Blend | Phases) -> str:
+    def lasts_without_forwards(self, schedule: AnySchedule) -> str:
         """Who acts alone from some step of a schedule on and makes no forward pass; empty if somebody does."""
         names = lasting_names(schedule)
         return " and ".join(names) if all(isinstance(self.estimators[n], StaleGradient) for n in names) else ""

@@ -14,6 +14,7 @@ SLOPE_STEPS = 20
 COUNTED = {
     "steps": "steps",
     "seconds": "time of steps",
+    "joules": "energy of steps, where the device reports it",
     "tokens": "tokens that forward passes processed",
     "forwards": "forward passes over a batch",
     "backwards": "backward passes over a batch",
@@ -24,6 +25,7 @@ COUNTED = {
 MEASURED = {
     "loss": "training loss of the latest step",
     "loss_slope": f"its change per step, by least squares over the phase's latest {SLOPE_STEPS} steps that had one",
+    "probe_loss": "loss on the probe rows when it was last measured for the schedule",
     "validation_loss": "loss of the latest evaluation along the way",
     "peak_memory_bytes": "most memory used in the latest step",
     "free_memory_bytes": "memory that the process could still allocate after it",

@@ -40,6 +40,7 @@ def save_checkpoint(
     *,
     base: int | None = None,
     keep: int = 1,
+    marked: int | None = None,
 ) -> Path:
     """Write a state after `step` steps, then remove older checkpoints; to be called by all ranks.
 
@@ -49,6 +50,7 @@ def save_checkpoint(
         write: writes what it likes into the checkpoint, and returns the rest of this rank's state.
         base: of a light checkpoint.
         keep: how many of the latest checkpoints stay, and those that they are based on.
+        marked: the step of one that stays too.
     """
     final, aside = place_of(folder, step), folder / f".{place_of(folder, step).name}"
     if ranks.any(ranks.rank == 0 and _is_whole(final)):
@@ -64,7 +66,7 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.replace(aside, final)
         sync(folder)
-        _remove_old(folder, keep)
+        _remove_old(folder, keep, marked)
     ranks.wait()
     return final
 
@@ -177,10 +179,10 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     return {**manifest, "files": files}
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    """All but the latest and what they are based on; a damaged manifest says nothing, so what it may be based on stays too."""
+def _remove_old(folder: Path, keep: int, marked: int | None) -> None:
+    """All but the latest, what they are based on, and the marked one; a damaged manifest says nothing, so what it may be based on stays too."""
     latest, older = checkpoints(folder)[:keep], checkpoints(folder)[keep:]
-    needed = set()
+    needed = set() if marked is None else {place_of(folder, marked)}
     for checkpoint in latest:
         try:
             needed.add(base_of(checkpoint))

@@ -16,6 +16,7 @@ from hybrid_opt.recovery.checkpoint import (
     base_of,
     checkpoints,
     load_checkpoint,
+    place_of,
     remove_checkpoints,
     save_checkpoint,
     set_aside,
@@ -78,6 +79,8 @@ class Keeper:
         self.lost = 0
         """Steps since then that the ledger does not hold."""
         self.latest_is_lost = False
+        self.marked: int | None = None
+        """After which step the weights were marked."""
 
     def begin(self) -> None:
         """A new run starts."""
@@ -94,6 +97,25 @@ class Keeper:
         """The weights are no longer what the steps before have made of them."""
         self.ledger.cut(self.optimizer.signals.step)
         self.lost, self.latest_is_lost = self.lost + 1, True
+
+    def mark(self) -> None:
+        """Save the weights as they are, to go back to; those of the mark before are not needed any more."""
+        self.marked = self.optimizer.signals.step
+        with self.folder.saving(self.ranks.rank == 0):
+            self._save(self.marked, whole=True)
+
+    def go_back(self, step: int) -> dict[str, Any]:
+        """Put back the weights that were marked after so many steps, and what estimators remember.
+
+        Returns:
+            All that was saved with them.
+        """
+        marked = place_of(self.folder.checkpoints, step)
+        verified(marked)
+        state = load_checkpoint(marked, self.ranks.rank)
+        self.optimizer.roll_back(state["optimizer"], marked / "engine")
+        self.rolled_back()
+        return state
 
     def is_due(self, acting: Collection[str]) -> bool:
         """Whether a snapshot must be made now because of steps that the ledger does not hold.
@@ -180,15 +202,15 @@ class Keeper:
         """The run is over: nothing is needed to go on from, and snapshots only if they were asked for."""
         remove_checkpoints(self.folder.checkpoints, light_only=self.keeping.snapshots != "checkpoint")
 
-    def _save(self, step: int) -> None:
-        whole = not self._is_reached(step)
+    def _save(self, step: int, whole: bool = False) -> None:
+        whole = whole or not self._is_reached(step)
 
         def state(place: Path) -> dict[str, Any]:
             digest = {} if whole else {"weights": weights_digest(self.optimizer.engine)}
             return {**self.state(place, weights=whole), **digest}
 
         base, keep = None if whole else self.base, self.keeping.keep_checkpoints
-        save_checkpoint(self.folder.checkpoints, step, self.ranks, state, base=base, keep=keep)
+        save_checkpoint(self.folder.checkpoints, step, self.ranks, state, base=base, keep=keep, marked=self.marked)
         if whole:
             self.base, self.lost = step, 0
 

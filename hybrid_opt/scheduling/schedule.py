@@ -4,10 +4,13 @@ One idea: a schedule answers `plan(step, signals) -> {estimator: weight}`, and a
 rests. All the mixing there is lies in this dictionary.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from hybrid_opt.config import schedule as config
+from hybrid_opt.config.adaptive import Adaptive
+from hybrid_opt.scheduling.adaptive import AdaptiveSchedule
 from hybrid_opt.scheduling.signals import Signals, restored
 
 Plan = dict[str, float]
@@ -21,6 +24,16 @@ class Schedule(Protocol):
     """Number of the phase that the latest plan belongs to; None in a schedule without phases."""
     reason: str | None
     """Why the latest plan begins something new, where signals have decided it."""
+    account: Mapping[str, Mapping[str, float]] | None
+    """What was weighed for that, by estimator."""
+    mark: int | None
+    """The step after which the weights were that it may want to go back to; None: none are."""
+    goes_back: int | None
+    """The step at whose weights the latest plan wants to go on; None: at those that there are."""
+
+    def asks(self, signals: Signals) -> bool:
+        """Whether the probe loss (`probe_loss`) must be told before the next plan."""
+        ...
 
     def plan(self, step: int, signals: Signals) -> Plan:
         """Who acts at a step (0-based; steps are asked for in order, one perhaps more than once)."""
@@ -62,10 +75,14 @@ class FixedSchedule:
     """Single, alternate or blend: decided by the step alone."""
 
     phase: int | None = None
-    reason: str | None = None
+    reason = account = mark = goes_back = None
 
     def __init__(self, schedule: config.Single | config.Alternate | config.Blend):
         self.schedule = schedule
+
+    def asks(self, signals: Signals) -> bool:
+        """Never."""
+        return False
 
     def plan(self, step: int, signals: Signals) -> Plan:
         """See `Schedule.plan`."""
@@ -82,6 +99,8 @@ class FixedSchedule:
 class PhasedSchedule:
     """Schedules one after another, each counting its steps from the start of its phase."""
 
+    account = mark = goes_back = None
+
     def __init__(self, schedule: config.Phases):
         self.schedule = schedule
         self.phase = 0
@@ -94,6 +113,10 @@ class PhasedSchedule:
         """Phases, and the step before which their triggers may not end them again."""
         self.planned = -1
         """The step of the latest plan."""
+
+    def asks(self, signals: Signals) -> bool:
+        """Never."""
+        return False
 
     def plan(self, step: int, signals: Signals) -> Plan:
         """See `Schedule.plan`. After the end of the last phase it goes on."""
@@ -148,8 +171,10 @@ class PhasedSchedule:
         self.silent = dict(state["silent"])
 
 
-def build_schedule(schedule: config.Single | config.Alternate | config.Blend | config.Phases) -> Schedule:
+def build_schedule(schedule: config.AnySchedule) -> Schedule:
     """The schedule that a configuration describes, at its beginning."""
     if isinstance(schedule, config.Phases):
         return PhasedSchedule(schedule)
+    if isinstance(schedule, Adaptive):
+        return AdaptiveSchedule(schedule)
     return FixedSchedule(schedule)

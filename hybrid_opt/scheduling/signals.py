@@ -22,6 +22,8 @@ class Signals:
     """Computing so far, in forward passes over a whole batch (see `Cost`)."""
     seconds: float = 0.0
     """Time spent in steps."""
+    joules: float = 0.0
+    """Energy spent in them, as far as the device reports it."""
     loss: float | None = None
     """Training loss of the latest step; None before the first, and after one that evaluated nothing."""
     lost_steps: int = 0

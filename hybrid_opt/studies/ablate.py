@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import Alternate, acting_names
 from hybrid_opt.scheduling.schedule import build_schedule
@@ -130,8 +131,9 @@ class Ablation:
     def _trial(self, cell: Cell, folder: Path) -> RunFile:
         """Steps of the cell in which every estimator acts, turns cut to one step each, without evaluations."""
         schedule = self.plan.run(cell, self.study.seeds[0], folder).schedule.schedule
-        if isinstance(schedule, Alternate):
-            cell = cell.changed((["schedule", "schedule", "pattern"], dict.fromkeys(schedule.pattern, 1)))
+        if isinstance(schedule, Alternate | Adaptive):
+            turns = {"type": "alternate", "pattern": dict.fromkeys(acting_names(schedule), 1)}
+            cell = cell.changed((["schedule", "schedule"], turns))
         steps = _steps_until_all_act(self.plan.run(cell, self.study.seeds[0], folder))
         nothing = {
             "data.validation": None,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hybrid_opt.config import load_schedule
+from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.run import Lora, RunFile
@@ -142,6 +143,10 @@ def _shares(schedule) -> dict[str, float]:
                     )
                 for name, share in _shares(phase.schedule).items():
                     amounts[name] = amounts.get(name, 0.0) + share * phase.steps
+        case Adaptive():
+            raise UserError(
+                "baselines: scheduler_off needs shares that are known before the run, and adaptive finds them in it; drop it from baselines"
+            )
         case _:
             amounts = {schedule.estimator: 1.0}
     total = sum(amounts.values())
@@ -157,6 +162,8 @@ def _swapped(schedule) -> dict[str, Any]:
             ramps = {n: w for n, w in document["weights"].items() if isinstance(w, dict)}
             turned = {n: {**w, "start": w["end"], "end": w["start"]} for n, w in ramps.items()}
             return {**document, "weights": {**document["weights"], **turned}}
+        case Adaptive():
+            return {**document, "estimators": document["estimators"][::-1]}
         case Phases() if len(schedule.phases) > 1:
             if any(phase.steps is None and phase.tokens is None for phase in schedule.phases):
                 raise UserError(

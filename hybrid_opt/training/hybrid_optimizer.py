@@ -19,6 +19,7 @@ from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
+from hybrid_opt.energy import EnergyMeter
 from hybrid_opt.engines.build import build_engine, with_engine_settings
 from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.update_rules import Sgd, UpdateRule, build_rule
@@ -100,6 +101,7 @@ class HybridOptimizer:
         self.learning_rates = {name: learning_rate_of(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
+        self.energy = EnergyMeter(self.engine.device)
         self.rate_factor = 1.0
         """What all learning rates are multiplied by."""
         self.checks = WeightChecks(self.engine, check_drift_every)
@@ -122,7 +124,7 @@ class HybridOptimizer:
             return self._step(batch, batches or {})
 
     def _step(self, batch: Any, batches: Mapping[str, Any]) -> StepReport:
-        started, step = time.perf_counter(), self.signals.step
+        started, joules, step = time.perf_counter(), self.energy.read(), self.signals.step
         self._refuse_unknown(batches, "batches")
         plan = self.schedule.plan(step, self.signals)
         owned = {name: self.may_move(name) for name in plan}
@@ -164,6 +166,7 @@ class HybridOptimizer:
             part_seconds={name: duration + rest for name, duration in durations.items()},
             record=record,
             decision=self.schedule.reason,
+            account=self.schedule.account,
         )
         self.signals = self.signals.updated(
             tokens=report.tokens,
@@ -171,6 +174,7 @@ class HybridOptimizer:
             backwards=sum(cost.backwards for cost in costs.values()),
             forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
             seconds=self.engine.ranks.most(report.seconds),  # all ranks decide by the same signals
+            joules=self.engine.ranks.total(self.energy.read() - joules),
             loss=report.loss,
             is_lost=is_lost,
             measured=report.measured,
@@ -270,6 +274,10 @@ class HybridOptimizer:
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
+
+    def asks(self) -> bool:
+        """Whether the schedule wants to be told the loss on probe rows (`tell({"probe_loss": ...})`) before the next step."""
+        return self.schedule.asks(self.signals)
 
     def may_move(self, name: str) -> list[str]:
         """Parameters that an estimator may move in the phase of the latest plan."""

@@ -60,6 +60,7 @@ def metrics_row(
         "update_norms": update_norms,
         **({"signals": dict(signals)} if signals else {}),
         **({"decision": report.decision} if report.decision else {}),
+        **({"account": report.account} if report.account else {}),
     }
 
 

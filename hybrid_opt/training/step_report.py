@@ -1,6 +1,6 @@
 """What a step tells of itself. Next: `trainer.py`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hybrid_opt.config.triggers import OF_ESTIMATORS
@@ -33,6 +33,8 @@ class StepReport:
     """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
     decision: str | None = None
     """What the schedule has decided before this step because of signals, and why."""
+    account: Mapping[str, Mapping[str, float]] | None = None
+    """What was weighed for that, by estimator."""
 
     @property
     def measured(self) -> dict[str, float]:

@@ -24,8 +24,8 @@ from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
 from hybrid_opt.recovery.keeping import Keeper
-from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.dashboard import display_for
+from hybrid_opt.training.deciding import Decisions
 from hybrid_opt.training.divergence import Guard
 from hybrid_opt.training.durable import CannotWriteError
 from hybrid_opt.training.evaluation import evaluate
@@ -142,9 +142,6 @@ class Trainer:
         self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
-        self.attribution = Attribution(
-            (lambda: self._evaluate(probe)["loss"]) if probe else None, lambda: self.optimizer.signals
-        )
         self.resume, self.tokenizer, self.config = resume, tokenizer, config
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         if self.folder and not self.ranks.rank and reporters(report_to):
@@ -153,6 +150,10 @@ class Trainer:
             self.display = Displays(self.display, tracked)
         self.journal = Journal(self.folder, self.display, writes=self.ranks.rank == 0)
         self.keeper = self._keeper(keeping, tokenizer) if self.folder else None
+        self.decisions = Decisions(
+            self.optimizer, (lambda: self._evaluate(probe)["loss"]) if probe else None, self.keeper, self.journal.say
+        )
+        self.attribution = self.decisions.attribution
         self.guard = Guard(
             divergence,
             self.optimizer,
@@ -213,6 +214,7 @@ class Trainer:
         while not self.ranks.any(self.done() >= 1):
             if self.ranks.any(stop_requested()):
                 return False
+            self.decisions.plan()
             if step := self.optimizer.signals.step:
                 self._look_around(step)
             self._step(step)
@@ -344,4 +346,5 @@ class Trainer:
 
     def _load(self) -> None:
         self.keeper.load()
+        self.keeper.marked = self.optimizer.schedule.mark
         self.journal.read()
