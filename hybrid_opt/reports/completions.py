@@ -1,4 +1,4 @@
-"""What members wrote for their rewards, and what became of it. Next: `memory_panels.py`.
+"""What members wrote for their rewards, and what became of it. Next: `decisions.py`.
 
 One idea: a mean reward can rise for the wrong reason (one function of several, empty answers, errors), so what it is made of is shown.
 """

@@ -97,6 +97,8 @@ def _step(row: dict[str, Any], path: Path, line: int) -> Step:
         update_norms=row.get("update_norms"),
         reward=row.get("reward"),
         own=own_losses(row),
+        decision=row.get("decision"),
+        account=row.get("account"),
     )
 
 

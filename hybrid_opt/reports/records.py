@@ -32,6 +32,10 @@ class Step:
     """Of the training batch, where the run's objective is a reward, whose negative is the loss."""
     own: dict[str, tuple[str, float]] = field(default_factory=dict)
     """By estimators that minimise something else: `loss` or `reward`, and its value."""
+    decision: str | None = None
+    """What the schedule decided before it by signals, and why."""
+    account: dict[str, dict[str, float]] | None = None
+    """What was weighed for that, by estimator."""
 
     def reached(self, goal: str) -> float | None:
         """The loss or the reward, as `Run.goal` says."""

@@ -8,6 +8,7 @@ from typing import Any
 from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
 from hybrid_opt.reports.completions import MEANING, completions_of, errors_of
 from hybrid_opt.reports.content import Column, Group, Report, Section, Table
+from hybrid_opt.reports.decisions import decision_sections
 from hybrid_opt.reports.es_statistics import chosen_for, meaning_of, what_is_absent
 from hybrid_opt.reports.keys import actor_keys
 from hybrid_opt.reports.loss_panels import loss_group, own_group
@@ -46,6 +47,7 @@ def report_of_run(run: Run) -> Report:
         Section("outcome", "Outcome", tables=tuple(_tables(run)), texts=() if run.steps else (NO_STEPS,)),
         _loss(run),
         _drawn("who_acted", "Who acted when", timeline_of_run(run) if run.steps else None),
+        *decision_sections(run),
         _norms(run),
         _statistics(run),
         *_completions(run),
