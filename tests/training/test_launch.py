@@ -119,7 +119,8 @@ def whole(place):
 def test_a_launched_run_leaves_the_folder_of_a_single_process_and_rank_0_speaks(whole):
     folder, output = whole
     assert sorted(p.name for p in folder.iterdir()) == [
-        "curves.png", "evaluations.jsonl", "ledger.jsonl", "machine.json", "metrics.jsonl", "model", "run.yaml", "summary.json",
+        "curves.png", "evaluations.jsonl", "ledger.jsonl", "machine.json", "metrics.jsonl", "model", "process.json", "run.yaml",
+        "summary.json",
     ]  # fmt: skip
     assert [row["step"] for row in lines(folder / "metrics.jsonl")] == list(range(STEPS))
     summary = json.loads((folder / "summary.json").read_text())

@@ -46,7 +46,8 @@ def test_a_run_leaves_everything_that_is_promised(write_run, tmp_path):
     summary = train(write_run(**LM, training=training, schedule=ALTERNATE))
     out = tmp_path / "out"
     assert sorted(p.name for p in out.iterdir()) == [
-        "curves.png", "evaluations.jsonl", "ledger.jsonl", "machine.json", "metrics.jsonl", "model", "run.yaml", "summary.json",
+        "curves.png", "evaluations.jsonl", "ledger.jsonl", "machine.json", "metrics.jsonl", "model", "process.json", "run.yaml",
+        "summary.json",
     ]  # fmt: skip
     metrics, evaluations = lines(out / "metrics.jsonl"), lines(out / "evaluations.jsonl")
     assert [row["estimators"] for row in metrics] == [["es"], ["backprop"], ["backprop"]] * 2
