@@ -214,9 +214,10 @@ class Trainer:
         while not self.ranks.any(self.done() >= 1):
             if self.ranks.any(stop_requested()):
                 return False
+            step = self.optimizer.signals.step
+            self._evaluate_if_due(step)
             self.decisions.plan()
-            if step := self.optimizer.signals.step:
-                self._look_around(step)
+            self._save_if_due(step)
             self._step(step)
         return True
 
@@ -226,13 +227,14 @@ class Trainer:
         shares = [signals.step / self.steps] if self.steps else []
         return max(shares + ([self.budget.spent(signals)] if self.budget else []))
 
-    def _look_around(self, step: int) -> None:
-        """What is due between two steps."""
-        is_due = self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
+    def _evaluate_if_due(self, step: int) -> None:
+        is_due = step and self.evaluate_every and step % self.evaluate_every == 0 and self.validation_along
         if is_due and self.journal.evaluated_at < step:  # a resumed run may have done it
             self.journal.evaluated(measures := self._evaluate(self.validation_along), self.optimizer.signals)
             self.optimizer.tell({"validation_loss": measures["loss"]})
             self.guard.evaluated(measures["loss"])
+
+    def _save_if_due(self, step: int) -> None:
         is_due = self.checkpoint_every and step % self.checkpoint_every == 0
         if step > self.began and (is_due or (self.keeper and self.keeper.is_due(self.optimizer.acting()))):
             self._save()
