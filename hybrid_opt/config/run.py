@@ -53,7 +53,7 @@ class Model(Strict):
 
 
 class Lora(Strict):
-    """Low rank adapters through the peft library; the model's own weights stay frozen."""
+    """Low rank adapters through the peft library; the model's own weights stay frozen, unless `trains_base` says otherwise."""
 
     type: Literal["lora"] = "lora"
     r: PositiveInt = 8
@@ -64,6 +64,8 @@ class Lora(Strict):
     """Dropout before the adapters."""
     target_modules: str | tuple[str, ...] = "all-linear"
     """Modules that get adapters: `all-linear`, a regular expression, or a list of name endings."""
+    trains_base: bool = False
+    """Whether the model's own weights are trained as well, such as by es while backprop has the adapters."""
 
 
 def refuse_unsuited_data(objective: Objective, data: Data, where: str = "") -> None:

@@ -164,7 +164,7 @@ def _refuse_kernels(found: PretrainedConfig, name: str) -> None:
 
 
 def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
-    """The model with low rank adapters through peft, everything else frozen; or as it is.
+    """The model with low rank adapters through peft, everything else frozen unless `trains_base`; or as it is.
 
     Raises:
         UserError: target_modules matches nothing.
@@ -176,14 +176,18 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
     except ImportError:
         raise UserError("peft: the library peft is not installed; pip install 'hybrid-opt[peft]'") from None
 
-    settings = lora.model_dump(exclude={"type"})
+    settings = lora.model_dump(exclude={"type", "trains_base"})
+    own = [p for p in model.parameters() if p.requires_grad] if lora.trains_base else []
     if not isinstance(lora.target_modules, str):
         settings["target_modules"] = list(lora.target_modules)
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **settings))
     except Exception as error:  # peft's own, re's, and torch's for adapters too large
         key = "peft.target_modules" if isinstance(error, (ValueError, re.error)) else "peft"
         raise UserError(f"{key}: {' '.join(str(error).split())}") from None
+    for parameter in own:
+        parameter.requires_grad_(True)
+    return adapted
 
 
 def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):

@@ -12,7 +12,7 @@ from hybrid_opt.training.durable import written_aside
 
 
 def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
-    """Write `folder/model`, complete in itself; for a model with adapters also the adapters alone in `folder/adapter`.
+    """Write `folder/model`, complete in itself; where nothing but adapters was trained also these alone in `folder/adapter`.
 
     A model that is not transformers' own gets its state dict in `model/model.safetensors`. All ranks must call this; rank 0
     writes.
@@ -23,7 +23,7 @@ def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:
     weights, model = engine.whole_weights(), engine.model
     if weights is None:
         return
-    if hasattr(model, "merge_and_unload"):
+    if hasattr(model, "merge_and_unload") and all("lora_" in name for name in engine.parameters):
         with written_aside(folder / "adapter") as place:
             model.save_pretrained(place, state_dict=weights)
     with written_aside(folder / "model") as place:

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
 from hybrid_opt.recovery.checkpoint import checkpoints
+from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.progress import Silence
-from tests.conftest import PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
+from tests.conftest import GLASS, PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
 
 LM = {
     "data": {"train": str(PROSE), "validation": 0.05, "text": "text", "max_tokens": 64},
@@ -234,12 +235,33 @@ def test_lora_trains_adapters_alone_and_saves_a_whole_model(write_run, tmp_path)
     assert summary.after["loss"] < summary.before["loss"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    from hybrid_opt.training.evaluation import evaluate
-
     objective = trainer.optimizer.objective
     again = evaluate(LocalEngine(merged), objective, trainer.validation)
     assert again["loss"] == pytest.approx(summary.after["loss"], abs=1e-5)
     assert (tmp_path / "out/adapter/adapter_config.json").exists()
+
+
+def test_adapters_by_backprop_over_weights_that_es_moves(write_run, tmp_path):
+    path = write_run(
+        **LM, peft={"r": 4, "trains_base": True}, training={"steps": 2, "batch_size": 4, "probe_rows": 0},
+        schedule="lora_backprop_base_es",
+    )  # fmt: skip
+    trainer = build(load_run(path), display=Silence())
+    policy = trainer.optimizer.policies[None]
+    adapters, own = policy.names("backprop"), policy.names("es")
+    assert {name for name in trainer.optimizer.engine.parameters if "lora_" in name} == set(adapters)
+    assert {name.replace("base_model.model.", "").replace("base_layer.", "") for name in own} == {
+        name for name, _ in AutoModelForCausalLM.from_pretrained(GLASS).named_parameters()
+    }
+    before = {name: p.detach().clone() for name, p in trainer.optimizer.engine.parameters.items()}
+    summary = trainer.train()
+    after = trainer.optimizer.engine.parameters
+    assert all(not torch.equal(before[name], after[name]) for name in own)
+    assert any(not torch.equal(before[name], after[name]) for name in adapters)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model")
+    again = evaluate(LocalEngine(merged), trainer.optimizer.objective, trainer.validation)
+    assert again["loss"] == pytest.approx(summary.after["loss"], abs=1e-5)
+    assert not (tmp_path / "out/adapter").exists()  # without the weights under it it would say something else
 
 
 def test_every_recipe_that_moves_layers_suits_adapters_too(write_run):
