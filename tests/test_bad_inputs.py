@@ -199,7 +199,11 @@ CASES = [
     case("not UTF-8", RUN, raw(b"output: \xe9\n"), "cannot be read", "utf-8"),
     case("broken schedule file", "s.yaml: ", run({"schedule": "s.yaml"}, files={"s.yaml": "a: [\n"}), "line 2"),
     case(
-        "missing schedule file", RUN, run({"schedule": "my.yaml"}), "schedule: 'my.yaml'", "shipped: align, alternate"
+        "missing schedule file",
+        RUN,
+        run({"schedule": "my.yaml"}),
+        "schedule: 'my.yaml'",
+        "shipped: adaptive, align, alternate",
     ),
     case("unknown recipe", RUN, run({"schedule": "alternat"}), "schedule: 'alternat'", "'alternate'?"),
     # keys

@@ -47,11 +47,12 @@ BASE = {
     "model": {"name": "smollm2-135m", "dtype": "float32", "tokenizer": None},
     "data": {"train": "rows.jsonl", "validation": 0.25, "prompt": "Q: {question}\nA:", "completion": " {answer}", "max_tokens": 16},
     "objective": {"type": "causal_lm"},
-    "training": {"steps": 4, "batch_size": 2, "seed": 0, "probe_rows": 0, "budget": None},
+    "training": {"steps": 4, "batch_size": 2, "seed": 0, "probe_rows": 1, "budget": None},
     "engine": {"type": "local", "device": "cpu"},
     "schedule": "schedule.yaml",
     "output": "out",
 }  # fmt: skip
+ADAPTED = {**BASE, "peft": {"trains_base": True}}
 REWARD = {
     **BASE,
     "data": {"train": TASK, "validation": TASK, "prompt": "{question}", "completion": "{answer}", "max_tokens": 64},
@@ -284,13 +285,13 @@ READERS = {
 def is_valid(name: str, document: object) -> bool:
     """Whether a document makes a run that could start; an error that does not explain itself, and a hang, fail the test."""
     files = {
-        "run.yaml": ZERO if name == "ds.json" else BASE,
+        "run.yaml": ZERO if name == "ds.json" else ADAPTED if b"lora_" in written(document, name) else BASE,
         "schedule.yaml": TURNS,
         "ds.json": DEEPSPEED,
         name: document,
     }
     for file, content in files.items():
-        Path(file).write_bytes(content if isinstance(content, bytes) else written(content, file))
+        Path(file).write_bytes(written(content, file))
     read, path = READERS[name]
     try:
         call_within(SLOWEST, lambda: read(path))
@@ -304,7 +305,9 @@ def is_valid(name: str, document: object) -> bool:
 
 
 def written(document: object, name: str) -> bytes:
-    """The document as JSON; in YAML, which JSON is too, infinity is written in its own way."""
+    """Bytes as they are, a document as JSON; in YAML, which JSON is too, infinity is written in its own way."""
+    if isinstance(document, bytes):
+        return document
     text = json.dumps(document, indent=1, ensure_ascii=False)
     if name.endswith(".yaml"):
         text = text.replace("Infinity", ".inf").replace("NaN", ".nan")

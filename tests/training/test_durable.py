@@ -225,7 +225,9 @@ def test_a_model_that_does_not_fit_leaves_no_half_of_it(tmp_path, limits):
         "evaluations.jsonl",
         "ledger.jsonl",
         "machine.json",
+        "messages.log",
         "metrics.jsonl",
+        "process.json",
     ]
     assert names(tmp_path / "out/checkpoints") == []
 
