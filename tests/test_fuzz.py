@@ -234,6 +234,7 @@ def texts(draw, *documents):
 # ---------------------------------------------------------------- what is done with them
 
 MODEL = Model(name="smollm2-135m")
+ADAPTER = "model.layers.0.mlp.up_proj.lora_A.default.weight"
 NAMES = list(inventory(MODEL, None).shapes)
 
 
@@ -246,7 +247,7 @@ def read_run(path: str) -> None:
     list(code_of(run))
     list(timeline(run, min(run.training.steps or 40, 40)))
     list(objective_lines(run))
-    resolve_policies(run.schedule, NAMES)
+    resolve_policies(run.schedule, [*NAMES, ADAPTER] if run.peft else NAMES)
     if (run.model.name, run.peft) == (MODEL.name, None):  # of which all is known without torch
         cost_table(run)
     check_data(run)
