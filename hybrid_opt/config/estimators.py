@@ -40,6 +40,9 @@ STATE_VALUES = {"SGD": 0, "Adagrad": 1, "RMSprop": 1, "ASGD": 1}
 FIRST_MOMENTS = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 """Optimizers of torch that keep a running mean of gradients; others do with a momentum."""
 
+DECAYING = ("Adam", "AdamW", "SGD")
+"""Optimizers of torch whose state is nothing but sums that decay, and counts of steps."""
+
 
 class Backprop(LearningRate):
     """Exact gradient of the mean loss by backpropagation, applied by a torch optimizer."""
@@ -70,6 +73,14 @@ class Backprop(LearningRate):
         if self.micro_batch_size is not None and self.accumulation > 1:
             raise ValueError("accumulation and micro_batch_size both say how a batch is split; keep one of them")
         return self
+
+    def untreated(self) -> str:
+        """See `LearningRate.untreated`: of which optimizers it is known what gradients of 0 would do to their state."""
+        if not self.state_values and self.optimizer == "SGD":
+            return "SGD keeps no state; write optimizer_arguments: {momentum: 0.9}, or drop state_on_switch"
+        if self.state_on_switch == "decay" and self.optimizer not in DECAYING:
+            return f"nothing is known of how {self.optimizer}'s state decays; write reset, or optimizer: AdamW, Adam or SGD"
+        return ""
 
     @field_validator("optimizer_arguments")
     @classmethod

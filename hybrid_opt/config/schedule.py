@@ -273,6 +273,17 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
+    def _trust_has_a_measure(self):
+        acting = acting_names(self.schedule)
+        trusting = next((name for name in acting if getattr(self.estimators[name], "trust", None)), None)
+        if trusting and not any(isinstance(self.estimators[name], Backprop) for name in acting):
+            raise ValueError(
+                f"estimators.{trusting}.trust compares updates with backprop's, but no backprop estimator acts; drop it, or let one act too, "
+                f"such as pattern: {{backprop: 1, {trusting}: 9}}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _optimizer_has_first_moment(self):
         backprop = next((e for e in self.estimators.values() if isinstance(e, Backprop)), None)
         for name in acting_names(self.schedule):

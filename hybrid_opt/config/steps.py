@@ -23,8 +23,11 @@ LearningRateScheduleName = Literal[
 ]
 
 
+StateOnSwitch = Literal["keep", "decay", "reset"]
+
+
 class LearningRate(Strict):
-    """The step length of one estimator: a peak value and its course over the run."""
+    """The step length of one estimator, and what becomes of it and of its memory when the estimator acts again after a rest."""
 
     differentiates: ClassVar[bool] = False
     """Whether the estimator needs an objective that has a gradient."""
@@ -38,6 +41,12 @@ class LearningRate(Strict):
     """Course of the learning rate over the steps of the whole run, by transformers' name for it."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises from 0 (not for `constant`)."""
+    warmup_after_switch: NonNegativeInt = 0
+    """Steps n over which the learning rate rises whenever the estimator acts after a step in which it did not: in the k-th step of such a
+    turn, from 0, it is `min(1, (k + 1) / n)` times what its schedule says. A turn that begins with the run's first step is none."""
+    state_on_switch: StateOnSwitch = "keep"
+    """What becomes of the update rule's memory (backprop: of the optimizer's) when the estimator acts after steps in which it did not:
+    `keep` leaves it; `decay` makes it what it would be had the gradients of those steps been 0; `reset` forgets it."""
 
     @model_validator(mode="after")
     def _constant_has_no_warmup(self):
@@ -46,6 +55,16 @@ class LearningRate(Strict):
                 "learning_rate_schedule 'constant' has no warm-up; write 'constant_with_warmup' or drop warmup_steps"
             )
         return self
+
+    @model_validator(mode="after")
+    def _there_is_state_to_treat(self):
+        if self.state_on_switch != "keep" and (reason := self.untreated()):
+            raise ValueError(f"state_on_switch: {self.state_on_switch}: {reason}")
+        return self
+
+    def untreated(self) -> str:
+        """Why `state_on_switch` cannot be what it is, and what to write instead; empty if it can."""
+        return ""
 
     @property
     def needs_gradient(self) -> bool:
@@ -99,6 +118,19 @@ class DirectStep(LearningRate):
     1802.01483), and keeps a copy of them in main memory."""
     wrappers: tuple[Wrapper, ...] = ()
     """What is done to the estimate on its way, the first innermost."""
+    trust: PositiveFloat | None = None
+    """Longest update: at most so many times as long as backprop's latest was, as Euclidean norms over all weights that each may move.
+    The step's learning rate is lowered to that; before backprop has moved anything it is not. Draws the noise of each update once more
+    to measure it, and a backprop step keeps a copy of its weights in main memory."""
+
+    def untreated(self) -> str:
+        """See `LearningRate.untreated`: SGD remembers nothing."""
+        kept = self.update.type != "sgd"
+        return (
+            ""
+            if kept
+            else "update: sgd keeps no state; write update: {type: momentum} or adam, or drop state_on_switch"
+        )
 
     @model_validator(mode="after")
     def _replayed_estimates_come_from_keys(self):

@@ -41,6 +41,7 @@ OF_ESTIMATORS = {
     "rho2": "share of the gradient's energy along the estimate, in steps of both",
     "guide_rho2": "share of the gradient's energy in the guides' span",
     "curvature": "mean curvature along the directions",
+    "trust_factor": "what the learning rate was multiplied by to keep to `trust`",
     "reward": "mean reward",
     "nonfinite_members": "members whose loss was not finite",
     "tied_pairs": "pairs that were equally good",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hybrid_opt.engines.ranks import Ranks
-    from hybrid_opt.engines.update_rules import UpdateRule
+    from hybrid_opt.engines.update_rules import Treatment, UpdateRule
     from hybrid_opt.estimators.contract import Estimate, Gradient
 
 
@@ -87,6 +87,10 @@ class Engine(Protocol):
         A parameter that a contribution without a rule may move goes through the optimizer, with every other
         contribution to it added to its gradient; any other is moved directly by each contribution's own rule.
         """
+        ...
+
+    def after_rest(self, treatment: "Treatment", steps: int) -> None:
+        """Steps were taken without the optimizer: `decay` its state as if the gradients in them had been 0, or `reset` it."""
         ...
 
     def is_finite(self) -> bool:

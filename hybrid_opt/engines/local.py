@@ -18,7 +18,8 @@ from hybrid_opt.engines.direct import moved_directly, update_directly
 from hybrid_opt.engines.inspection import first_nonfinite
 from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.ranks import Ranks
-from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
+from hybrid_opt.engines.torch_optimizer import after_rest, build_optimizer, first_moment_key
+from hybrid_opt.engines.update_rules import Treatment
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
 from hybrid_opt.estimators.modes import requiring_grad
@@ -126,6 +127,10 @@ class LocalEngine:
             self._step_optimizer(contributions, owned, rate, step)
         update_directly(self.shards(others), contributions, self.master_weights, step)
         self._refresh(owned | others)
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """See `Engine.after_rest`."""
+        after_rest(self.optimizer, treatment, steps)
 
     def layout(self) -> dict[str, int]:
         """See `Engine.layout`."""

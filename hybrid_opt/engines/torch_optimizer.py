@@ -1,4 +1,4 @@
-"""The torch optimizer that backprop steps go through. Next: `local.py`."""
+"""The torch optimizer that backprop steps go through, and what becomes of its state after a rest. Next: `local.py`."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.engines.update_rules import Treatment
 from hybrid_opt.errors import UserError
 
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer")
@@ -28,9 +29,43 @@ def build_optimizer(backprop: Backprop, parameters: Iterable) -> torch.optim.Opt
             f"optimizer_arguments: torch.optim.{backprop.optimizer} does not take "
             f"{backprop.optimizer_arguments}: {error}"
         ) from None
-    for values in optimizer.state.values():  # Adagrad makes its sum at once, in the dtype of the weights
-        values.update({key: value.float() for key, value in values.items() if isinstance(value, Tensor)})
+    _widen_state(optimizer)
     return optimizer
+
+
+def after_rest(optimizer: torch.optim.Optimizer, treatment: Treatment, steps: int) -> None:
+    """Steps were taken without the optimizer: `decay` its state as if the gradients in them had been 0, or make it what it was at the start.
+
+    `momentum_buffer <- momentum^steps momentum_buffer` (SGD); `exp_avg <- beta1^steps exp_avg`, `exp_avg_sq <- beta2^steps exp_avg_sq` and
+    so many steps more (Adam, AdamW; the largest second moment of amsgrad would stay). Weights do not move, by weight decay neither.
+    """
+    if treatment == "reset":
+        _reset_state(optimizer)
+        return
+    beta1, beta2 = optimizer.defaults.get("betas", (None, None))
+    decays = {"momentum_buffer": optimizer.defaults.get("momentum"), "exp_avg": beta1, "exp_avg_sq": beta2}
+    for values in optimizer.state.values():
+        for key, decay in decays.items():
+            if isinstance(values.get(key), Tensor):
+                values[key].mul_(decay**steps)
+        if "step" in values:
+            values["step"] += steps
+
+
+def _reset_state(optimizer: torch.optim.Optimizer) -> None:
+    parameters = list(optimizer.state)
+    optimizer.state.clear()
+    if isinstance(
+        optimizer, torch.optim.Adagrad
+    ):  # the only one that makes its state before it steps, and needs it then
+        optimizer.state.update(torch.optim.Adagrad(parameters, **optimizer.defaults).state)
+        _widen_state(optimizer)
+
+
+def _widen_state(optimizer: torch.optim.Optimizer) -> None:
+    """Adagrad makes its sum at once, in the dtype of the weights; it is to be float32."""
+    for values in optimizer.state.values():
+        values.update({key: value.float() for key, value in values.items() if isinstance(value, Tensor)})
 
 
 def first_moment_key(state: Mapping[str, Any]) -> str | None:

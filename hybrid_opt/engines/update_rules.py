@@ -1,10 +1,11 @@
 """Update rules: an estimate for a shard becomes a change of its weights. Next: `rounding.py`, then `local.py`.
 
 One idea: the state of a rule is held per shard in float32, so a rule works the same however weights are sharded, and
-reads one shard's estimate at a time, so the whole estimate is never in memory.
+reads one shard's estimate at a time, so the whole estimate is never in memory. A change is the learning rate times something that does not
+depend on it, so its length can be known, and limited, before it is made.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,12 +16,23 @@ from hybrid_opt.engines.contract import Shard
 if TYPE_CHECKING:
     from hybrid_opt.estimators.contract import Estimate
 
+Treatment = Literal["decay", "reset"]
+"""What becomes of a memory after a rest; see `LearningRate.state_on_switch`."""
+
 
 class UpdateRule(Protocol):
     """Moves weights along an estimate."""
 
     def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Change the shard's weights in place, given g = weight * estimate; the weights are float32."""
+        ...
+
+    def direction(self, shard: Shard, estimate: "Estimate", weight: float) -> Tensor:
+        """What `update` would take off the weights with a learning rate of 1: float32 (numel of the shard,). Changes nothing."""
+        ...
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """Steps were taken without the rule: `decay` its memory as if the estimates in them had been 0, or `reset` it."""
         ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -39,6 +51,15 @@ class Sgd:
         """Take a step; the estimate is added to the weights as it is made, so it takes no memory of its own."""
         estimate.add_to(shard.data, shard, -learning_rate * weight)
 
+    def direction(self, shard: Shard, estimate: "Estimate", weight: float) -> Tensor:
+        """See `UpdateRule.direction`."""
+        out = torch.zeros_like(shard.data)
+        estimate.add_to(out, shard, weight)
+        return out
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """Nothing is remembered."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing is remembered."""
         return {}
@@ -56,11 +77,28 @@ class Momentum:
 
     def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Take a step."""
-        m = self.running_sum.get(shard.name)
-        m = torch.zeros_like(shard.data) if m is None else m.to(shard.data.device)  # a loaded one lies in main memory
-        self.running_sum[shard.name] = m
+        m = self.running_sum[shard.name] = self._sum_of(shard)
         estimate.add_to(m.mul_(self.beta), shard, weight)
         shard.data.add_(m, alpha=-learning_rate)
+
+    def direction(self, shard: Shard, estimate: "Estimate", weight: float) -> Tensor:
+        """See `UpdateRule.direction`."""
+        m = self._sum_of(shard) * self.beta
+        estimate.add_to(m, shard, weight)
+        return m
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """`m <- beta^steps m`, or no m."""
+        if treatment == "reset":
+            self.running_sum = {}
+        for m in self.running_sum.values():
+            m.mul_(self.beta**steps)
+
+    def _sum_of(self, shard: Shard) -> Tensor:
+        m = self.running_sum.get(shard.name)
+        return (
+            torch.zeros_like(shard.data) if m is None else m.to(shard.data.device)
+        )  # a loaded one lies in main memory
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running sums by parameter."""
@@ -80,18 +118,43 @@ class Adam:
 
     def update(self, shard: Shard, estimate: "Estimate", weight: float, learning_rate: float) -> None:
         """Take a step."""
-        name, gradient = shard.name, torch.zeros_like(shard.data)
+        moments = self.moments[shard.name] = self._moments_of(shard)
+        ratio, correction = self._advanced(moments, shard, estimate, weight)
+        shard.data.add_(ratio, alpha=-learning_rate / correction)
+
+    def direction(self, shard: Shard, estimate: "Estimate", weight: float) -> Tensor:
+        """See `UpdateRule.direction`."""
+        moments = tuple(moment.clone() for moment in self._moments_of(shard))
+        ratio, correction = self._advanced(moments, shard, estimate, weight)
+        return ratio.div_(correction)
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """`first <- beta1^steps first; second <- beta2^steps second`, and so many steps more, or no moments."""
+        if treatment == "reset":
+            self.moments = {}
+        for first, second, count in self.moments.values():
+            first.mul_(self.beta1**steps)
+            second.mul_(self.beta2**steps)
+            count += steps
+
+    def _moments_of(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+        if shard.name not in self.moments:
+            return torch.zeros_like(shard.data), torch.zeros_like(shard.data), torch.zeros((), device="cpu")
+        first, second, count = self.moments[shard.name]
+        return first.to(shard.data.device), second.to(shard.data.device), count  # loaded ones lie in main memory
+
+    def _advanced(
+        self, moments: tuple[Tensor, Tensor, Tensor], shard: Shard, estimate: "Estimate", weight: float
+    ) -> tuple[Tensor, float]:
+        """Takes moments one step on; the first over the root of the second, and the first's bias correction to divide it by."""
+        first, second, count = moments
+        gradient = torch.zeros_like(shard.data)
         estimate.add_to(gradient, shard, weight)  # what `read` gives may be the estimate's own memory
-        if name not in self.moments:
-            self.moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient), torch.zeros((), device="cpu"))
-        first, second, count = self.moments[name]
-        first, second = first.to(gradient.device), second.to(gradient.device)  # loaded ones lie in main memory
-        self.moments[name] = (first, second, count)
         count += 1
         first.lerp_(gradient, 1 - self.beta1)
         second.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
         root = (second / (1 - self.beta2 ** count.item())).sqrt_().add_(self.epsilon)
-        shard.data.add_(root.reciprocal_().mul_(first), alpha=-learning_rate / (1 - self.beta1 ** count.item()))
+        return root.reciprocal_().mul_(first), 1 - self.beta1 ** count.item()
 
     def state_dict(self) -> dict[str, Tensor]:
         """First moment, second moment and number of steps by parameter."""

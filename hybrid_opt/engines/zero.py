@@ -28,7 +28,8 @@ from hybrid_opt.engines.master_weights import MasterWeights
 from hybrid_opt.engines.phase_groups import groups_of, let_groups_rest
 from hybrid_opt.engines.rank_loss import watch
 from hybrid_opt.engines.ranks import TIMEOUT, Ranks, free_port
-from hybrid_opt.engines.torch_optimizer import build_optimizer, first_moment_key
+from hybrid_opt.engines.torch_optimizer import after_rest, build_optimizer, first_moment_key
+from hybrid_opt.engines.update_rules import Treatment
 from hybrid_opt.engines.zero_stages import Stage3, Stage12
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.contract import WeightedSum
@@ -193,6 +194,11 @@ class ZeroEngine:
             self.idle.count(bool(owned))
         if self.config.check_every and (step + 1) % self.config.check_every == 0:
             self.compare_ranks(step)
+
+    def after_rest(self, treatment: Treatment, steps: int) -> None:
+        """See `Engine.after_rest`: all of it on this rank, which is here, because a gradient is."""
+        after_rest(self.deepspeed.optimizer.optimizer, treatment, steps)
+        self.stage.relink_state()
 
     def compare_ranks(self, step: int) -> None:
         """Whether all ranks see the same weights, seed and step.

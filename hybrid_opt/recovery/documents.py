@@ -40,6 +40,8 @@ class PartOfStep(Strict):
     estimator: str
     weight: float
     learning_rate: Annotated[float, Field(ge=0)]
+    rested: NonNegativeInt = 0
+    """Steps of a rest that the update rule's memory is told of before."""
     parameters: Places
     """What it may move."""
     sums: tuple[SumOfNoise, ...]

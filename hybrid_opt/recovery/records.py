@@ -38,12 +38,23 @@ class Part:
     """Parameters that it may move."""
     sums: Sequence[Replay]
     """What its estimate is the sum of."""
+    rested: int = 0
+    """Steps of a rest that the memory of its update rule is told of before."""
 
     @classmethod
-    def of(cls, name: str, estimate: Estimate, weight: float, learning_rate: float, names: Sequence[str], key: StepKey):
+    def of(
+        cls,
+        name: str,
+        estimate: Estimate,
+        weight: float,
+        learning_rate: float,
+        names: Sequence[str],
+        key: StepKey,
+        rested: int = 0,
+    ):
         """The part of an estimate that is made of noise, its coefficients rounded to float32."""
         sums = [_rounded(replay) for replay in replays_of(estimate, frozenset(names), key)]
-        return cls(name, weight, learning_rate, names, sums)
+        return cls(name, weight, learning_rate, names, sums, rested)
 
     @property
     def estimate(self) -> WeightedSum:
@@ -116,6 +127,7 @@ def _plain_part(part: Part, places: Mapping[str, int]) -> dict[str, Any]:
         "estimator": part.estimator,
         "weight": part.weight,
         "learning_rate": part.learning_rate,
+        **({"rested": part.rested} if part.rested else {}),
         "parameters": list(_runs(places[name] for name in part.names)),
         "sums": sums,
     }
@@ -148,7 +160,7 @@ def _restored_part(part: PartOfStep, estimator: Estimator, engine: Engine, names
             "names": _names(plain.parameters or part.parameters, names),
         }
         sums.append(Replay.from_state(state, perturbation, engine))
-    return Part(part.estimator, part.weight, part.learning_rate, own, sums)
+    return Part(part.estimator, part.weight, part.learning_rate, own, sums, part.rested)
 
 
 def _relative(text: str, origin: str) -> str:

@@ -14,7 +14,10 @@ COMPLETIONS = {
     "finished": Statistic("Completions that ended by themselves", "share", from_zero=True),
     "reward_errors": Statistic("Rewards that went wrong", "rewards", from_zero=True),
 }
-OTHERS = ("snr", "gradient_norm", "cosine", "rho2", "curvature", "guide_rho2", "fell_back", "reward", *COUNTED)
+OTHERS = (
+    *("snr", "gradient_norm", "cosine", "rho2", "curvature", "guide_rho2", "fell_back", "trust_factor", "reward"),
+    *COUNTED,
+)
 """Statistics that are of no reward function."""
 MEANING = (
     "Means over all members and examples of a step. A reward function's rewards are shown before they are weighted."

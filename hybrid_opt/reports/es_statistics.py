@@ -17,6 +17,7 @@ STATISTICS = {
     "rho2": Statistic("Share of the gradient's energy, rho\u00b2", "rho\u00b2"),
     "guide_rho2": Statistic("Share of the gradient's energy along guides, rho\u00b2", "rho\u00b2"),
     "fell_back": Statistic("Guided steps without guides", "1: none", from_zero=True),
+    "trust_factor": Statistic("Learning rate kept to trust", "factor", from_zero=True),
     "tied_pairs": Statistic("Tied pairs", "pairs", from_zero=True),
     "examples_left_out": Statistic("Examples on which members agreed", "examples", from_zero=True),
 }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.config.schedule import Phases, Rule, Schedule, ScheduleFile, acting_names
+from hybrid_opt.config.schedule import Blend, Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
 
@@ -75,6 +75,7 @@ def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None,
                 during = "" if phase is None else f" in phase {phase}"
                 raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
     _refuse_gradients_of_others(config, policies)
+    _refuse_trust_through_the_optimizer(config, policies)
     return policies
 
 
@@ -88,6 +89,20 @@ def _refuse_gradients_of_others(config: ScheduleFile, policies: dict[int | None,
                 f"policy: {name!r} uses gradients of {fresh!r} again, but no rule lets both move the same parameter; "
                 f"write use: [{fresh}, {name}]"
             )
+
+
+def _refuse_trust_through_the_optimizer(config: ScheduleFile, policies: dict[int | None, Policy]) -> None:
+    """Where backprop acts on the same parameters the optimizer makes one update of both, in which nobody's part has a length."""
+    for phase, policy in policies.items():
+        schedule = config.schedule if phase is None else config.schedule.phases[phase].schedule
+        together = list(schedule.weights) if isinstance(schedule, Blend) else []
+        fresh = {p for name in together if isinstance(config.estimators[name], Backprop) for p in policy.names(name)}
+        for name in together:
+            if getattr(config.estimators[name], "trust", None) and not fresh.isdisjoint(policy.names(name)):
+                raise UserError(
+                    f"estimators.{name}.trust: {name!r} acts in the same steps as backprop on the same parameters, where the optimizer makes one "
+                    "update of both; drop trust and give it a weight, use alternate or phases, or parameters of its own (policy)"
+                )
 
 
 def may_ever_move(config: ScheduleFile, policies: dict[int | None, Policy], estimator: str) -> frozenset[str]:

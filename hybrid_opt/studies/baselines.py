@@ -68,7 +68,10 @@ def scheduler_off(run: RunFile) -> Changes:
     shares = _shares(run.schedule.schedule)
     if len(shares) < 2:
         raise UserError("baselines: scheduler_off needs a schedule of several estimators; drop it from baselines")
-    return _with_schedule(run, {"type": "blend", "weights": shares})
+    changes = _with_schedule(run, {"type": "blend", "weights": shares})
+    for estimator in changes["schedule"]["estimators"].values():
+        estimator.pop("trust", None)  # updates that go through the optimizer together have no lengths of their own
+    return changes
 
 
 def order_swapped(run: RunFile) -> Changes:

@@ -1,5 +1,5 @@
 """One step of hybrid optimisation: plan, estimate, apply. Next: `../scheduling/policy.py`, `../estimators/contract.py`,
-`../engines/contract.py`.
+`../engines/contract.py`, `updates.py`.
 
 One idea: this is the whole method. All estimates of a step are taken at the same weights and then applied together;
 whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
@@ -7,7 +7,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.engines import Engine as EngineConfig
-from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.energy import EnergyMeter
 from hybrid_opt.engines.build import build_engine, with_engine_settings
-from hybrid_opt.engines.contract import Contribution
-from hybrid_opt.engines.update_rules import Sgd, UpdateRule, build_rule
 from hybrid_opt.errors import DivergedError, UserError, did_you_mean
-from hybrid_opt.estimators.anchor import Anchor
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import compared_with
-from hybrid_opt.estimators.contract import Cost, Estimate, WeightedSum
+from hybrid_opt.estimators.contract import Cost, Estimate
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.recovery.records import Part, Record, digest_of
-from hybrid_opt.scheduling.learning_rate import learning_rate_of
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
 from hybrid_opt.training.step_report import StepReport, loss_of
+from hybrid_opt.training.updates import Update, Updates
 from hybrid_opt.training.weight_checks import WeightChecks
 
 MOST_LOST_STEPS = 10
@@ -92,13 +88,8 @@ class HybridOptimizer:
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
         self.followers = self._followers()
-        self.anchor = Anchor(self.engine, self._anchored())
-        self.rules: dict[str, UpdateRule | None] = {
-            name: None if isinstance(c, Backprop) else build_rule(c.update)
-            for name, c in self.config.estimators.items()
-        }
+        self.updates = Updates(self.config, self.engine, self.policies, steps)
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
-        self.learning_rates = {name: learning_rate_of(name, c, steps) for name, c in self.config.estimators.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
         self.energy = EnergyMeter(self.engine.device)
@@ -134,23 +125,26 @@ class HybridOptimizer:
             own = self._evaluated(name, batches.get(name, batch))
             estimates[name], costs[name] = self._estimate(name, *own, owned[name])
             durations[name] = time.perf_counter() - begun
-        gradient = next((name for name in plan if self.rules[name] is None), None)
+        gradient = next((name for name in plan if self.updates.rules[name] is None), None)
         if gradient is not None:
             self.followers.show(estimates[gradient], owned[gradient])
         compared = compared_with(gradient, estimates, owned, self.objectives)
         estimates |= compared
-        rates = {name: self.rate_factor * self.learning_rates[name](step) for name in plan}
+        rates = {name: self.rate_factor * rate for name, rate in self.updates.rates(plan, step).items()}
         telling = [name for name in plan if not costs[name].is_empty]
-        record = self._record(telling, plan, estimates, owned, rates)
-        estimates |= {part.estimator: part.estimate for part in record.parts} if record else {}
+        updates, factors = self.updates.coupled(Update(n, estimates[n], plan[n], rates[n], owned[n]) for n in telling)
+        rates |= {update.estimator: update.learning_rate for update in updates}
+        record = self._record(plan, updates)
         is_lost = not telling and self._refuse_too_many_lost(costs)
         self.checks.before_update(step)
-        if parts := [p for n in telling for p in self._contributions(n, estimates[n], plan[n], owned[n], rates[n])]:
-            self.engine.apply(parts, step)
-        self.checks.after_update(step, set().union(*(part.names for part in parts)))
-        for name, estimate in compared.items():
-            found = {**costs[name].statistics, **estimate.statistics(self.engine.ranks)}
-            costs[name] = replace(costs[name], statistics=found)
+        if updates:
+            self.updates.apply(record.parts if record else updates, step)
+        self.checks.after_update(step, set().union(*(update.names for update in updates)))
+        self.updates.turns.take(plan, telling)
+        told = {name: estimate.statistics(self.engine.ranks) for name, estimate in compared.items()}
+        told |= {name: {"trust_factor": factor} for name, factor in factors.items()}
+        for name, found in told.items():
+            costs[name] = replace(costs[name], statistics={**costs[name].statistics, **found})
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
@@ -216,30 +210,23 @@ class HybridOptimizer:
             raise UserError("objective: none was given, so pass step() a function that returns the losses")
         return objective, to_device(batch, self.engine.device)
 
-    def _contributions(
-        self, name: str, estimate: Estimate, weight: float, names: list[str], rate: float
-    ) -> Iterator[Contribution]:
-        """An estimator's part in a step, with the pull of its anchor."""
-        strength, rule = getattr(self.config.estimators[name], "anchor", 0.0), self.rules[name]
-        if strength and rule is not None:  # the pull first: it is to see the weights as they were
-            estimate = WeightedSum([(strength, self.anchor), (1.0, estimate)])
-        yield Contribution(estimate, weight, names, rate, rule)
-        if strength and rule is None:  # the engine adds it to the gradient, which not every engine can read here
-            yield Contribution(self.anchor, weight * strength, names, rate, Sgd())
-
-    def _record(
-        self,
-        telling: list[str],
-        plan: Mapping[str, float],
-        estimates: Mapping[str, Estimate],
-        owned: Mapping[str, list[str]],
-        rates: Mapping[str, float],
-    ) -> Record | None:
+    def _record(self, plan: Mapping[str, float], updates: Sequence[Update]) -> Record | None:
         """The step's record, if none but estimators act that draw noise."""
         if not all(self.config.estimators[name].draws_noise for name in plan):
             return None
         step = self.signals.step
-        parts = [Part.of(n, estimates[n], plan[n], rates[n], owned[n], StepKey(self.seed, step, n)) for n in telling]
+        parts = [
+            Part.of(
+                u.estimator,
+                u.estimate,
+                u.weight,
+                u.learning_rate,
+                u.names,
+                StepKey(self.seed, step, u.estimator),
+                u.rested,
+            )
+            for u in updates
+        ]
         return Record(step, self.policy_digests[self.schedule.phase], parts)
 
     @torch.no_grad()
@@ -259,16 +246,11 @@ class HybridOptimizer:
                 f"step {document.get('step')} of the ledger was taken under another policy than this schedule's; use the run's own run.yaml"
             )
         record = Record.restored(document, self.estimators, self.engine, self.seed)
-        parts = [
-            contribution
-            for part in record.parts
-            for contribution in self._contributions(
-                part.estimator, part.estimate, part.weight, list(part.names), part.learning_rate
-            )
-        ]
         self.checks.forget()
-        if parts:
-            self.engine.apply(parts, record.step)
+        for part in record.parts:
+            self.updates.after_rest(part)
+        if record.parts:
+            self.updates.apply(record.parts, record.step)
         self.signals = replace(self.signals, step=record.step + 1)
 
     def acting(self) -> list[str]:
@@ -284,16 +266,17 @@ class HybridOptimizer:
         return self.policies[self.schedule.phase].names(name)
 
     def state_dict(self, folder: Path | None = None, *, weights: bool = True) -> dict[str, Any]:
-        """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, schedule and signals.
+        """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, turns, schedule and
+        signals.
 
         Args:
             folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
             weights: False leaves out the first three, which `replay` brings about.
         """
-        rules = {name: rule.state_dict() for name, rule in self.rules.items() if rule is not None}
         return {
             "layout": self.engine.layout(),
-            **({"engine": self.engine.state_dict(folder), "rules": rules} if weights else {}),
+            **({"engine": self.engine.state_dict(folder), "rules": self.updates.memories()} if weights else {}),
+            "updates": self.updates.state_dict(),
             "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
             "signals": asdict(self.signals),
@@ -303,19 +286,19 @@ class HybridOptimizer:
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
         self.roll_back(state, folder)
+        self.updates.turns.load_state_dict(state["updates"]["turns"])
         self.schedule.load_state_dict(state["schedule"])
         self.signals = restored(state["signals"])
         self.rate_factor = state["rate_factor"]
 
     def roll_back(self, state: dict[str, Any], folder: Path | None = None) -> None:
-        """Put back the weights, and what optimizer, update rules and estimators remember; the count of steps, the schedule and
-        `rate_factor` stay as they are."""
+        """Put back the weights, and what optimizer, update rules and estimators remember; the counts of steps and turns, the
+        schedule and `rate_factor` stay as they are."""
         self.checks.forget()
         if "engine" in state:
             self.engine.load_state_dict(state["engine"], folder)
-            for name, rule in self.rules.items():
-                if rule is not None:
-                    rule.load_state_dict(state["rules"][name])
+            self.updates.recall(state["rules"])
+        self.updates.trust.latest = state["updates"]["latest_change"]
         recall(self.estimators, state["estimators"], self.engine)
 
     def tell(self, measured: Mapping[str, float]) -> None:
@@ -325,18 +308,13 @@ class HybridOptimizer:
 
     def skip_step(self) -> None:
         """Go on with the next step where this one could not be taken."""
+        self.updates.turns.take(self.acting(), ())
         self.signals = self.signals.updated(loss=None)
 
     def _followers(self) -> Followers:
         acting = {name: self.estimators[name] for name in acting_names(self.config.schedule)}
         may_move = {name: may_ever_move(self.config, self.policies, name) for name in acting}
         return Followers(self.engine, acting, may_move)
-
-    def _anchored(self) -> frozenset[str]:
-        """Parameters that are ever pulled back to where they were."""
-        acting = acting_names(self.config.schedule)
-        names = [name for name in acting if getattr(self.config.estimators[name], "anchor", 0.0)]
-        return frozenset().union(*(may_ever_move(self.config, self.policies, name) for name in names))
 
     def _refuse_unknown(self, names: Iterable[str], where: str) -> None:
         for name in names:

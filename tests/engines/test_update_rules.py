@@ -62,3 +62,47 @@ def test_state_can_be_saved_and_put_back(kind):
     for gradient in gradients(4)[2:]:
         step(second, two, gradient)
     assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", ["momentum", "adam"])
+def test_a_memory_that_decays_is_that_of_steps_without_gradient(kind):
+    """Such steps with a learning rate of 0, so that they move nothing."""
+    rule, reference = build_rule(RULES[kind][0]), build_rule(RULES[kind][0])
+    one, two = torch.ones(20), torch.ones(20)
+    for gradient in gradients(3):
+        step(rule, one, gradient)
+        step(reference, two, gradient)
+    rule.after_rest("decay", 4)
+    for _ in range(4):
+        reference.update(Shard("a.w", two, 0, two.shape), Gradients({"a.w": torch.zeros(20)}), 1.0, 0.0)
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(rule.state_dict()[key], value, rtol=1e-6, atol=0)
+    assert torch.equal(one, two)
+    for gradient in gradients(2):
+        step(rule, one, gradient)
+        step(reference, two, gradient)
+    torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_memory_that_is_reset_is_that_of_a_new_rule(kind):
+    rule, new = build_rule(RULES[kind][0]), build_rule(RULES[kind][0])
+    one, two = torch.ones(20), torch.ones(20)
+    step(rule, torch.zeros(20), gradients(1)[0])
+    rule.after_rest("reset", 1)
+    for gradient in gradients(3):
+        step(rule, one, gradient)
+        step(new, two, gradient)
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_the_direction_is_what_an_update_would_take_off(kind):
+    rule, weights = build_rule(RULES[kind][0]), torch.zeros(20)
+    for gradient in gradients(3):
+        estimate, shard = Gradients({"a.w": gradient}), Shard("a.w", weights, 0, weights.shape)
+        direction = rule.direction(shard, estimate, -0.5)
+        assert torch.equal(direction, rule.direction(shard, estimate, -0.5))
+        before = weights.clone()
+        step(rule, weights, gradient, -0.5)
+        torch.testing.assert_close(before - weights, 0.1 * direction)

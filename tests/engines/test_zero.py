@@ -331,6 +331,17 @@ def test_es_steps_leave_the_optimizers_moments_alone(results, stage):
     assert not found["over a backprop step"]
 
 
+@pytest.mark.parametrize("name", ["decay", "reset", "reset, put away", "decay, offloaded"])
+def test_estimators_that_take_turns_are_coupled_as_locally(results, name):
+    found = results(2, "coupled_turns")[name]
+    assert found["by coupling"] > 200 * ROUNDING
+    for stage in STAGES:
+        differs = found[stage]
+        assert max(differs["losses"], differs["weights"], differs["moments"]) < ROUNDING, differs
+        assert differs["latest"] < 1e-4
+        assert not differs["stale"]
+
+
 # ------------------------------------------------------------ what crosses ranks
 
 
@@ -371,6 +382,7 @@ def test_the_estimate_does_not_depend_on_the_number_of_ranks(results, name, stag
         "es with momentum",
         "adam es beside backprop, norms frozen",
         "bf16 alternate with momentum",
+        "coupled",
         "stale gradients",
         "masks of gradients",
         "bf16 by groups",

@@ -665,6 +665,39 @@ def moments_over_es_steps(folder):
     return result
 
 
+@scenario(2)
+def coupled_turns(folder):
+    """Warm-up, memories that decay or start anew, and updates that are kept to the length of backprop's; and how far that is from without.
+
+    Momentum and Adam of ES, SGD and AdamW of backprop; the first moments that the optimizer has in the end are compared too.
+    """
+    result = {}
+    pattern = {"type": "alternate", "pattern": {"backprop": 2, "es": 2}}
+    momentum, adam = {"type": "momentum"}, {"type": "adam"}
+    cases = {
+        "decay": ({**DENSE, "update": momentum}, ADAMW, {"state_on_switch": "decay", "warmup_after_switch": 2}, {}),
+        "reset": ({**ES, "update": adam, "learning_rate": 0.005}, SGD, {"state_on_switch": "reset"}, {}),
+        "reset, put away": ({**ES, "update": momentum}, ADAMW, {"state_on_switch": "reset"}, {"offload_idle_after": 1}),
+        "decay, offloaded": ({**ES, "update": momentum}, SGD, {"state_on_switch": "decay"}, {"offload_optimizer": CPU}),
+    }
+    for name, (es, backprop, coupling, settings) in cases.items():
+        file = schedule_file(pattern, es={**es, **coupling, "trust": 0.5}, backprop={**backprop, **coupling})
+        free = local(schedule_file(pattern, es=es, backprop=backprop), steps=6)
+        reference = local(file, steps=6)
+        moments = {n: reference.engine.first_moment(n) for n in reference.engine.parameters}
+        result[name] = {"by coupling": difference(reference.weights(), free.weights())}
+        for stage in STAGES:
+            done = run(file, zero(stage, **settings), steps=6)
+            own = {n: done.engine.first_moment(n) for n in done.engine.parameters}
+            result[name][str(stage)] = {
+                **compared(done, reference),
+                "moments": difference(own, moments),
+                "latest": abs(done.optimizer.updates.trust.latest / reference.optimizer.updates.trust.latest - 1),
+                "stale": bool(stage < 3 and not settings and stale_links(done.engine)),
+            }
+    return result
+
+
 # ------------------------------------------------------------ 9: what crosses ranks
 
 
@@ -833,6 +866,7 @@ def resumed(folder):
     result = {}
     momentum = {**ES, "update": {"type": "momentum"}}
     adam = {**ES, "update": {"type": "adam"}, "learning_rate": 0.005}
+    coupled = {**adam, "trust": 0.1, "warmup_after_switch": 2, "state_on_switch": "decay"}
     sensitive = {"type": "sparse_mask", "keep": 0.2, "by": "sensitivity", "refresh": 2}
     attention_es = [
         {"match": "attn", "use": ["es"]},
@@ -847,6 +881,7 @@ def resumed(folder):
         "stale gradients": (schedule_file(STALE_TURNS), {}),
         "masks of gradients": (schedule_file(TURNS, es={**DENSE, "wrappers": [sensitive]}), {}),
         "bf16 by groups": (schedule_file(BLEND, es=momentum, policy=attention_es), {"bf16": True}),
+        "coupled": (schedule_file(TURNS, es=coupled, backprop={**ADAMW, "state_on_switch": "reset"}), {"bf16": True}),
         "bf16 by groups, rounded at random": (schedule_file(BLEND, es=momentum, policy=attention_es), rounded),
     }
     for name, (file, settings) in cases.items():

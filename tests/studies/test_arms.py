@@ -225,7 +225,9 @@ PHASES = [
     ids=["turns", "ramp", "phases"],
 )
 def test_without_a_scheduler_all_act_in_every_step_by_their_share(tmp_path, schedule, weights):
-    run = made("scheduler_off", tmp_path, hybrid(schedule))
+    trusting = {**BOTH, "es": {**BOTH["es"], "trust": 0.5}}
+    run = made("scheduler_off", tmp_path, {"estimators": trusting, "schedule": schedule})
+    assert run.schedule.estimators["es"].trust is None  # all go through the optimizer together
     assert run.schedule.schedule.type == "blend"
     assert run.schedule.schedule.weights == pytest.approx(weights)
 

@@ -184,7 +184,7 @@ def test_rising_evaluations_roll_back_and_lower_the_rate(tmp_path):
 def test_a_training_loss_above_the_limit_rolls_back_to_the_best_evaluation(tmp_path):
     # At rate 1.5 w is 1, -1/2, 1/4, where it is evaluated; then at 6 -5/4, 25/4.
     run = trainer(Divergence(loss_above=0.6, factor=0.25, **BACK), output=tmp_path, evaluate_every=2)
-    run.optimizer.learning_rates["backprop"] = lambda step: 1.5 if step < 2 else 6.0
+    run.optimizer.updates.learning_rates["backprop"] = lambda step: 1.5 if step < 2 else 6.0
     run.train()
     assert [row["loss"] for row in metrics_of(run)] == [0.5, 0.125, 1 / 32, 0.78125, 1 / 32, 1 / 128]  # at 6/4 again
     assert [row.get("rolled_back", {}).get("to") for row in metrics_of(run)] == [None, None, None, None, 2, None]

@@ -166,7 +166,7 @@ def test_an_anchored_gradient_is_that_of_the_penalised_loss():
         hybrid.step(THERE)
         w = w - 0.1 * ((w - 2.0) + 0.5 * (w - start))
     assert torch.allclose(hybrid.engine.model.w.detach().double(), w, atol=1e-6)
-    assert hybrid.anchor.start["w"].tolist() == start.tolist()
+    assert hybrid.updates.anchor.start["w"].tolist() == start.tolist()
 
 
 def test_an_anchor_holds_the_first_weights_after_resuming_too(tmp_path):
