@@ -60,6 +60,7 @@ class Trust:
 
     def _norm(self, parts: Iterable[tuple[Tensor, int]]) -> float:
         """Of a vector over the whole model, given this rank's parts of it, and on how many ranks each part lies."""
-        squares = [part.square().sum().double() / copies for part, copies in parts]
+        device = self.engine.device  # parts may lie elsewhere too, where DeepSpeed offloads masters
+        squares = [part.square().sum().double().to(device) / copies for part, copies in parts]
         own = torch.stack(squares).sum().item() if squares else 0.0
         return self.engine.ranks.total(own) ** 0.5

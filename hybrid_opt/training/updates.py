@@ -86,7 +86,7 @@ class Updates:
 
     def apply(self, updates: Sequence[Update | Part], step: int) -> None:
         """Move the weights."""
-        exact = [name for update in updates if self.rules[update.estimator] is None for name in update.names]
+        exact = {name for update in updates if self.rules[update.estimator] is None for name in update.names}
         with self.trust.measured(exact):
             self.engine.apply([part for update in updates for part in self._contributions(update)], step)
 
