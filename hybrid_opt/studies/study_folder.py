@@ -16,13 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.training import locking
 from hybrid_opt.training.durable import ASIDE, write_atomically
 from hybrid_opt.training.run_folder import REPORTS, dump_yaml, remove_entries
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 CONTENTS = (
     *("study.yaml", "study.json", "results.csv", "results.parquet", "summary.csv", "lock", "runs", "fit", "search"),
@@ -71,14 +67,12 @@ class StudyFolder:
         write_atomically(self.index, json.dumps(index, indent=2) + "\n")
 
     def _lock(self) -> int | None:
-        if fcntl is None:
+        if not locking.EXIST:
             return None
         self._file = (self.path / "lock").open("w")  # held until the process ends, or this object is gone
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locking.lock(self._file):
             raise UserError(
                 f"output: {self.path} is in use: another hybrid-opt ablate, or a run that it left behind, has not ended yet; wait "
                 "for it, or choose another folder"
-            ) from None
+            )
         return self._file.fileno()

@@ -14,12 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.training import locking
 from hybrid_opt.training.durable import writing
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 NAME = "process.json"
 
@@ -62,18 +58,15 @@ def process_of(folder: Path) -> dict[str, Any]:
 
 def is_alive(folder: Path) -> bool | None:
     """Whether a process writes the folder at present; None where the file system cannot tell."""
-    if fcntl is None:
+    if not locking.EXIST:
         return None
     try:
         with (folder / NAME).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return not locking.lock(file, shared=True)
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
     except OSError:
         return None
-    return False
 
 
 def who(process: Mapping[str, Any]) -> str:
@@ -86,10 +79,6 @@ def who(process: Mapping[str, Any]) -> str:
 def _locked(file) -> bool:
     """Whether the lock is this process's; where there are no locks, it may be."""
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
+        return locking.lock(file)
+    except OSError:
+        return True
