@@ -310,6 +310,12 @@ class ScheduleFile(Strict):
         """The schedule's phases; none in one without."""
         return self.schedule.phases if isinstance(self.schedule, Phases) else ()
 
+    @property
+    def signals(self) -> frozenset[str]:
+        """Names of the signals that the schedule goes by (`config.triggers`)."""
+        spent = {f"{self.schedule.per}s"} if isinstance(self.schedule, Adaptive) else set()
+        return frozenset(spent | {phase.until.signal for phase in self.phases if phase.until})
+
     def lasts_without_forwards(self, schedule: AnySchedule) -> str:
         """Who acts alone from some step of a schedule on and makes no forward pass; empty if somebody does."""
         names = lasting_names(schedule)

@@ -86,9 +86,9 @@ class Ranks:
         """The smallest of all ranks' numbers."""
         return int(self.gather(torch.tensor(number)).min())
 
-    def most(self, number: float) -> float:
-        """The largest of all ranks' numbers."""
-        return self.gather(torch.tensor(number, dtype=torch.float64)).max().item()
+    def most(self, *numbers: float) -> list[float]:
+        """The largest of all ranks' first numbers, of their second ones, ..., in one exchange."""
+        return self.gather(torch.tensor(numbers, dtype=torch.float64)).amax(dim=0).tolist()
 
     def any(self, flag: bool) -> bool:
         """Whether it is so for some rank."""

@@ -92,7 +92,7 @@ class HybridOptimizer:
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
         self.schedule = build_schedule(self.config.schedule)
         self.signals = Signals()
-        self.energy = EnergyMeter(self.engine.device)
+        self.energy = EnergyMeter(self.engine.device) if "joules" in self.config.signals else None
         self.rate_factor = 1.0
         """What all learning rates are multiplied by."""
         self.checks = WeightChecks(self.engine, check_drift_every)
@@ -115,7 +115,7 @@ class HybridOptimizer:
             return self._step(batch, batches or {})
 
     def _step(self, batch: Any, batches: Mapping[str, Any]) -> StepReport:
-        started, joules, step = time.perf_counter(), self.energy.read(), self.signals.step
+        started, joules, step = time.perf_counter(), self._joules(), self.signals.step
         self._refuse_unknown(batches, "batches")
         plan = self.schedule.plan(step, self.signals)
         owned = {name: self.may_move(name) for name in plan}
@@ -167,13 +167,17 @@ class HybridOptimizer:
             forwards=sum(cost.forwards for cost in costs.values()),
             backwards=sum(cost.backwards for cost in costs.values()),
             forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
-            seconds=self.engine.ranks.most(report.seconds),  # all ranks decide by the same signals
-            joules=self.engine.ranks.total(self.energy.read() - joules),
+            seconds=self.engine.ranks.most(report.seconds)[0],  # all ranks decide by the same signals
+            joules=self.engine.ranks.total(self._joules() - joules) if self.energy else 0.0,
             loss=report.loss,
             is_lost=is_lost,
             measured=report.measured,
         )
         return report
+
+    def _joules(self) -> float:
+        """What the device has taken so far, if the schedule goes by that: reading it takes time, on ranks an exchange too."""
+        return self.energy.read() if self.energy else 0.0
 
     def _estimate(self, name: str, objective: Objective, batch: Any, owned: list[str]) -> tuple[Estimate, Cost]:
         """One estimator's estimate, with the step and its name in front of what goes wrong."""

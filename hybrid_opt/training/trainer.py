@@ -251,19 +251,23 @@ class Trainer:
         if report is None:
             return
         norms, own = self.update_norms.after(), self.optimizer.objectives
-        peak, signals = peak_memory_bytes(device), self._measured(device)
-        row = metrics_row(report, peak, norms, signals=signals, is_reward=self.is_reward, own=own)
+        peak = peak_memory_bytes(device)
+        row = metrics_row(report, peak, norms, signals=self._measured(peak), is_reward=self.is_reward, own=own)
         row |= self.guard.told()
         if self.keeper:
             self.keeper.stepped(report)
         self.journal.stepped(row, self.done())
         self.guard.stepped(report.loss)
 
-    def _measured(self, device: torch.device) -> dict[str, float]:
-        """What the schedule is told after a step: on all ranks the same, of memory the worst of theirs."""
-        free = self.ranks.least(free_memory_bytes(device))
-        self.optimizer.tell({"peak_memory_bytes": self.ranks.most(peak_memory_bytes(device))})
-        self.optimizer.tell(told := {"free_memory_bytes": free, **self.attribution.told()})
+    def _measured(self, peak: int) -> dict[str, float]:
+        """Tell the schedule what else a step has shown, on all ranks the same, of memory the worst of theirs.
+
+        Returns:
+            What of it, and of the signals, no other part of the step's line has.
+        """
+        peak, taken = self.ranks.most(peak, -free_memory_bytes(self.optimizer.engine.device))
+        told = {"free_memory_bytes": int(-taken), **self.attribution.told()}
+        self.optimizer.tell({"peak_memory_bytes": peak, **told})
         slope = self.optimizer.signals.loss_slope()
         return {**told, **({} if slope is None else {"loss_slope": slope})}
 
