@@ -16,7 +16,6 @@ from hybrid_opt.recovery.checkpoint import (
     base_of,
     checkpoints,
     load_checkpoint,
-    place_of,
     remove_checkpoints,
     save_checkpoint,
     set_aside,
@@ -93,29 +92,25 @@ class Keeper:
         if report.record is not None:
             self.ledger.append(report.record.document(self.optimizer.engine))
 
-    def rolled_back(self) -> None:
-        """The weights are no longer what the steps before have made of them."""
-        self.ledger.cut(self.optimizer.signals.step)
-        self.lost, self.latest_is_lost = self.lost + 1, True
-
     def mark(self) -> None:
         """Save the weights as they are, to go back to; those of the mark before are not needed any more."""
         self.marked = self.optimizer.signals.step
         with self.folder.saving(self.ranks.rank == 0):
             self._save(self.marked, whole=True)
 
-    def go_back(self, step: int) -> dict[str, Any]:
-        """Put back the weights that were marked after so many steps, and what estimators remember.
+    def go_back(self, checkpoint: Path) -> None:
+        """Put back the weights of a checkpoint that has some, what estimators remember, and who is credited for what, so that credits go
+        on adding up to the fall of the loss; the run goes on with the next step.
 
-        Returns:
-            All that was saved with them.
+        Raises:
+            DamagedError: it is not as it was written.
         """
-        marked = place_of(self.folder.checkpoints, step)
-        verified(marked)
-        state = load_checkpoint(marked, self.ranks.rank)
-        self.optimizer.roll_back(state["optimizer"], marked / "engine")
-        self.rolled_back()
-        return state
+        verified(checkpoint)
+        state = load_checkpoint(checkpoint, self.ranks.rank)
+        self.optimizer.roll_back(state["optimizer"], checkpoint / "engine")
+        self.parts["attribution"].load_state_dict(state["attribution"])
+        self.ledger.cut(self.optimizer.signals.step)
+        self.lost, self.latest_is_lost = self.lost + 1, True
 
     def is_due(self, acting: Collection[str]) -> bool:
         """Whether a snapshot must be made now because of steps that the ledger does not hold.

@@ -1,4 +1,4 @@
-"""What a schedule is told before a step, and what it wants done about the weights. Next: `trainer.py`.
+"""What a schedule is told before a step, and what it wants done about the weights. Next: `attribution.py`.
 
 One idea: the loss on the probe rows is measured once a step whoever asks for it, so who is credited and what is decided agree.
 """
@@ -6,6 +6,7 @@ One idea: the loss on the probe rows is measured once a step whoever asks for it
 from collections.abc import Callable
 
 from hybrid_opt.errors import UserError
+from hybrid_opt.recovery.checkpoint import place_of
 from hybrid_opt.recovery.keeping import Keeper
 from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
@@ -57,9 +58,6 @@ class Decisions:
             self.keeper.mark()
 
     def _go_back(self, step: int) -> None:
-        state = self.keeper.go_back(step)
+        self.keeper.go_back(place_of(self.keeper.folder.checkpoints, step))
         self.probed = None
-        self.attribution.load_state_dict(
-            state["attribution"]
-        )  # so that credits go on adding up to the fall of the loss
         self.say(f"step {self.optimizer.signals.step}: {self.optimizer.schedule.reason}")

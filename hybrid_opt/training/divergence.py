@@ -11,9 +11,8 @@ from typing import Any
 
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.errors import DivergedError, UserError
-from hybrid_opt.recovery.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.checkpoint import checkpoints, save_checkpoint, step_of
 from hybrid_opt.recovery.keeping import Keeper
-from hybrid_opt.training.attribution import Attribution
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer, StepReport
 
 
@@ -77,7 +76,6 @@ class Guard:
         self,
         config: Divergence | None,
         optimizer: HybridOptimizer,
-        attribution: Attribution,
         keeper: Keeper | None,
         say: Callable[[str], None],
         *,
@@ -90,7 +88,7 @@ class Guard:
                 "divergence: rises_for and roll_back go by evaluations along the way; pass validation=... and evaluate_every=..."
             )
         self.watch = Watch(config) if config else None
-        self.optimizer, self.attribution, self.keeper, self.say = optimizer, attribution, keeper, say
+        self.optimizer, self.keeper, self.say = optimizer, keeper, say
         self.folder = keeper.folder.checkpoints / "best" if keeper else None
         self.rolled_back: dict[str, Any] | None = None
         """The roll back that no line of the metrics has told of yet."""
@@ -173,14 +171,9 @@ class Guard:
             again = f" (after {self.roll_backs} roll back{'s' * (self.roll_backs > 1)})" if self.roll_backs else ""
             raise DivergedError(f"{error}{again}")
         optimizer, watch = self.optimizer, self.watch
-        state = load_checkpoint(best, optimizer.engine.ranks.rank)
-        optimizer.roll_back(state["optimizer"], best / "engine")
-        self.attribution.load_state_dict(
-            state["attribution"]
-        )  # so that credits go on adding up to the fall of the loss
+        self.keeper.go_back(best)
         optimizer.rate_factor *= watch.config.factor
-        self.keeper.rolled_back()
-        step = state["optimizer"]["signals"]["step"]
+        step = step_of(best)
         self.rolled_back = {"to": step, "because": str(error), "rate_factor": optimizer.rate_factor}
         self.say(
             f"rolled back to the weights after step {step}, learning rates times {optimizer.rate_factor:.4g} from now on (roll back "

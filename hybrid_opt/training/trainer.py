@@ -157,7 +157,6 @@ class Trainer:
         self.guard = Guard(
             divergence,
             self.optimizer,
-            self.attribution,
             self.keeper,
             self.journal.say,
             evaluates=bool(evaluate_every and self.validation_along),
