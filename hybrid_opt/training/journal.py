@@ -1,4 +1,5 @@
-"""What a run writes down of its steps and evaluations, and shows. Next: `run_folder.py`, `progress.py`, `summary.py`.
+"""What a run writes down of its steps and evaluations, and shows. Next: `messages.py`, `presence.py`,
+`run_folder.py`, `progress.py`, `summary.py`.
 
 One idea: the same rows go to the folder, the display and the totals, so a resumed run that reads its rows knows what it had known.
 """
@@ -7,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from hybrid_opt.config.run import Budget
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.messages import Messages
@@ -37,15 +39,18 @@ class Journal:
         self.totals = Totals()
 
     @contextmanager
-    def held(self, facts: Mapping[str, Any]) -> Iterator[None]:
+    def held(self, steps: int | None, budget: Budget | None, *, resume: bool) -> Iterator[None]:
         """Inside, the folder is this process's; warnings, and an error that ends the run, are kept there.
 
         Args:
-            facts: see `present`.
+            steps, budget: how long the run is to be.
+            resume: whether it goes on from the latest checkpoint.
         """
         if not self.writes:
             yield
             return
+        step = (self.folder.saved_step() or 0) if resume else 0
+        facts = {"step": step, "steps": steps, "budget": budget and budget.model_dump(exclude_none=True)}
         with present(self.folder.path, facts), self.messages.warnings_kept():
             try:
                 yield

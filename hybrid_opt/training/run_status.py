@@ -6,7 +6,6 @@ One idea: everything is read from files that are there anyway, so asking costs a
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,7 @@ from hybrid_opt.training import messages
 from hybrid_opt.training.metrics import measures_of
 from hybrid_opt.training.presence import is_alive, process_of, who
 from hybrid_opt.training.run_folder import RunFolder
-
-LATEST = 20
-"""Steps of which the rate is told."""
-
-
-@dataclass
-class Progress:
-    """What the metrics say; totals by the names of a budget."""
-
-    step: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    forward_equivalents: float = 0.0
-    loss: float | None = None
-    latest: list[float] = field(default_factory=list)
-    """Seconds of the latest steps."""
-
-    def add(self, row: dict[str, Any]) -> None:
-        """One more step."""
-        self.step, self.loss = row["step"] + 1, row["loss"]
-        for name in ("seconds", "tokens", "forward_equivalents"):
-            setattr(self, name, getattr(self, name) + row[name])
-        self.latest = [*self.latest[1 - LATEST :], row["seconds"]]
-
-    def share(self, steps: int | None, budget: Budget | None) -> float:
-        """How much of the run is done, from 0 to 1."""
-        return min(1.0, max([self.step / steps if steps else 0.0, budget.spent(self) if budget else 0.0]))
+from hybrid_opt.training.run_so_far import Clock, RunSoFar
 
 
 def status_lines(path: str | Path) -> Iterator[tuple[str, str]]:
@@ -54,32 +27,44 @@ def status_lines(path: str | Path) -> Iterator[tuple[str, str]]:
         UserError: the folder holds no run, or a file in it is damaged.
     """
     folder = RunFolder(path)
-    process, metrics = process_of(folder.path), folder.metrics
-    if not (process or metrics.exists() or folder.config.exists()):
+    process = process_of(folder.path)
+    if not (process or folder.metrics.exists() or folder.config.exists()):
         raise UserError(f"{folder.path}: holds no run; name the output folder of hybrid-opt train")
-    alive, began = is_alive(folder.path), Progress()
-    progress = Progress()
-    for row in folder.recorded()[0]:
-        progress.add(row)
-        if row["step"] < process.get("step", 0):
-            began.add(row)
-    steps, budget = process.get("steps"), Budget(**process["budget"]) if process.get("budget") else None
-    done = progress.share(steps, budget)
+    alive = is_alive(folder.path)
     yield "run", _state(folder, alive, process)
-    of = f" of {steps:,}" if steps else ""
-    ago = f", the latest {_ago(metrics)}" if progress.step else ""
-    shown = "" if progress.loss is None else f", loss {progress.loss:.4g}"
-    yield "step", f"{progress.step:,}{of} ({done:.0%} of the run){shown}{ago}"
-    if progress.latest:
-        seconds = sum(progress.latest) / len(progress.latest)
-        yield "rate", f"{seconds:.3g} s a step, over the latest {len(progress.latest)}"
-    share = done - began.share(steps, budget)
-    if alive and share > 0 and done < 1:
-        left = (1 - done) / share * (time.time() - process["began"])
-        yield "end", f"in about {_span(left)}, at {datetime.fromtimestamp(time.time() + left):%Y-%m-%d %H:%M}"
+    yield from _steps(folder, process, bool(alive))
     yield from _saved(folder)
     yield from _evaluated(folder)
     yield from _said(folder)
+
+
+def _steps(folder: RunFolder, process: dict[str, Any], is_alive: bool) -> Iterator[tuple[str, str]]:
+    """How far the run has come, at what pace, and when it will end at this process's pace."""
+    steps, begun, loss = process.get("steps"), 0.0, None
+    run = RunSoFar(Budget(**process["budget"]) if process.get("budget") else None)
+    for row in folder.recorded()[0]:
+        run.add(row)
+        loss = row["loss"]
+        if run.step <= process.get("step", 0):
+            begun = _done(run, steps)
+    done, of = _done(run, steps), f" of {steps:,}" if steps else ""
+    ago = f", the latest {_ago(folder.metrics)}" if run.step else ""
+    shown = "" if loss is None else f", loss {loss:.4g}"
+    yield "step", f"{run.step:,}{of} ({done:.0%} of the run){shown}{ago}"
+    if run.recent:
+        seconds = sum(seconds for _, seconds in run.recent) / len(run.recent)
+        yield "rate", f"{seconds:.3g} s a step, over the latest {len(run.recent)}"
+    if is_alive and done < 1:
+        clock = Clock(process["began"], fresh=False)
+        clock.stepped(process["began"], begun)
+        clock.stepped(time.time(), done)
+        if (left := clock.left(time.time())) is not None:
+            yield "end", f"in about {_span(left)}, at {datetime.fromtimestamp(time.time() + left):%Y-%m-%d %H:%M}"
+
+
+def _done(run: RunSoFar, steps: int | None) -> float:
+    """How much of the run is done, from 0 to 1."""
+    return min(1.0, max(run.step / steps if steps else 0.0, run.spent / run.limit if run.limit else 0.0))
 
 
 def _state(folder: RunFolder, alive: bool | None, process: dict[str, Any]) -> str:

@@ -1,15 +1,13 @@
-"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `hybrid_optimizer.py`.
+"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `deciding.py`, `hybrid_optimizer.py`, `journal.py`.
 
 One idea: the trainer adds nothing to the method. It asks `HybridOptimizer` for one step after another and writes down
 what happened, so a loop of one's own around the same object gives the same weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hybrid_opt.config.divergence import Divergence
@@ -178,17 +176,13 @@ class Trainer:
             UserError: losses that are not finite, or batches that ended; a checkpoint is saved first. Or something could not be
                 written; what had been saved is whole.
         """
-        with self.ranks.loss_reported(), stop_requests(self.journal.say) as stop_requested, self._held():
+        held = self.journal.held(self.steps, self.budget, resume=self.resume)
+        with self.ranks.loss_reported(), stop_requests(self.journal.say) as stop_requested, held:
             try:
                 self._begin()
                 return self._shown(stop_requested)
             except CannotWriteError as error:
                 raise CannotWriteError(f"{error}{self.keeper.way_on_after(error)}") from None
-
-    def _held(self) -> AbstractContextManager[None]:
-        step = (self.folder.saved_step() or 0) if self.folder and self.resume else 0
-        budget = self.budget.model_dump(exclude_none=True) if self.budget else None
-        return self.journal.held({"step": step, "steps": self.steps, "budget": budget})
 
     def _shown(self, stop_requested: Callable[[], bool]) -> Summary:
         """What the display sees of the run."""

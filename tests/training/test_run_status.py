@@ -91,7 +91,7 @@ def _train_slowly(folder):
 
 
 def test_a_run_that_is_alive_and_is_killed(tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=_train_slowly, args=(tmp_path,))
+    process = multiprocessing.get_context("spawn").Process(target=_train_slowly, args=(tmp_path,))
     process.start()
     try:
         deadline = time.monotonic() + 60
@@ -118,6 +118,7 @@ def test_a_run_that_is_alive_and_is_killed(tmp_path):
 def test_the_end_is_estimated_from_what_this_process_has_done(tmp_path, monkeypatch):
     """20 of 100 steps were there when it began; it has taken 30 in 60 seconds, so the other 50 take 100."""
     row = {"loss": 1.0, "seconds": 1.5, "tokens": 10, "forward_equivalents": 2}
+    row |= {"weights": {"es": 1.0}, "parts": {}, "peak_memory_bytes": 0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": n, **row}) + "\n" for n in range(50)))
     with present(tmp_path, {"step": 20, "steps": 100, "budget": None}):
         began = process_of(tmp_path)["began"]
