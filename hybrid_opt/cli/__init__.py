@@ -1,5 +1,5 @@
 """The command line: train | check | plan | status | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
-`recovering.py`, `studies.py`, `measuring.py`, then `../config/loading.py`, `../training/build.py`.
+`watching.py`, `recovering.py`, `studies.py`, `measuring.py`, and `arguments.py`, `starting.py` that all share; then `../config/loading.py`, `../training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.

@@ -1,7 +1,7 @@
 """Configuration: what run files and schedule files may say. Imports no torch, so `--help` and `check` answer at once.
 
 Reading order: `strict.py`, `perturbations.py`, `wrappers.py`, `steps.py`, `probing.py`, `align.py`, `fzoo.py`, `guided.py`,
-`forward_gradient.py`, `estimators.py`, `schedule.py`, `data.py`, `tasks.py`, `objectives.py`, `rewards.py`, `run.py`,
+`forward_gradient.py`, `estimators.py`, `triggers.py`, `adaptive.py`, `schedule.py`, `data.py`, `tasks.py`, `objectives.py`, `rewards.py`, `run.py`,
 `study.py`, `loading.py`, `explaining.py`.
 """
 

@@ -125,12 +125,9 @@ class DirectStep(LearningRate):
 
     def untreated(self) -> str:
         """See `LearningRate.untreated`: SGD remembers nothing."""
-        kept = self.update.type != "sgd"
-        return (
-            ""
-            if kept
-            else "update: sgd keeps no state; write update: {type: momentum} or adam, or drop state_on_switch"
-        )
+        if self.update.type == "sgd":
+            return "update: sgd keeps no state; write update: {type: momentum} or adam, or drop state_on_switch"
+        return ""
 
     @model_validator(mode="after")
     def _replayed_estimates_come_from_keys(self):

@@ -55,9 +55,7 @@ def after_rest(optimizer: torch.optim.Optimizer, treatment: Treatment, steps: in
 def _reset_state(optimizer: torch.optim.Optimizer) -> None:
     parameters = list(optimizer.state)
     optimizer.state.clear()
-    if isinstance(
-        optimizer, torch.optim.Adagrad
-    ):  # the only one that makes its state before it steps, and needs it then
+    if isinstance(optimizer, torch.optim.Adagrad):  # the only one whose state is there, and needed, before it steps
         optimizer.state.update(torch.optim.Adagrad(parameters, **optimizer.defaults).state)
         _widen_state(optimizer)
 

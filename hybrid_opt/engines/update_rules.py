@@ -95,10 +95,9 @@ class Momentum:
             m.mul_(self.beta**steps)
 
     def _sum_of(self, shard: Shard) -> Tensor:
-        m = self.running_sum.get(shard.name)
-        return (
-            torch.zeros_like(shard.data) if m is None else m.to(shard.data.device)
-        )  # a loaded one lies in main memory
+        if shard.name not in self.running_sum:
+            return torch.zeros_like(shard.data)
+        return self.running_sum[shard.name].to(shard.data.device)  # a loaded one lies in main memory
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running sums by parameter."""

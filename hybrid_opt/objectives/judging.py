@@ -151,17 +151,8 @@ def _told_apart(judges: Sequence[Judge]) -> list[Judge]:
 
 RESERVED = (
     *("loss", "reward", "finished", "completion_tokens", "reward_errors", "tied_pairs", "skipped", "nonfinite_members"),
-    *(
-        "examples_left_out",
-        "snr",
-        "gradient_norm",
-        "cosine",
-        "rho2",
-        "curvature",
-        "guide_rho2",
-        "fell_back",
-        "trust_factor",
-    ),
+    *("examples_left_out", "snr", "gradient_norm", "cosine", "rho2", "curvature", "guide_rho2", "fell_back"),
+    "trust_factor",
 )
 """What else is measured beside a judge's rewards."""
 COMPLETED = ("prompts", "completions", "completion_ids")

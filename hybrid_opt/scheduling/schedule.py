@@ -1,4 +1,4 @@
-"""Schedule: which estimators act at a step, and with what weight. Next: `learning_rate.py`.
+"""Schedule: which estimators act at a step, and with what weight. Next: `adaptive.py`, `learning_rate.py`.
 
 One idea: a schedule answers `plan(step, signals) -> {estimator: weight}`, and an estimator that is not in the answer
 rests. All the mixing there is lies in this dictionary.

@@ -1,4 +1,4 @@
-"""Signals: what is known of the run so far when the next step is planned. Next: `schedule.py`."""
+"""Signals: what is known of the run so far when the next step is planned; `../config/triggers.py` has their names. Next: `schedule.py`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
