@@ -151,14 +151,14 @@ def _told_apart(rows: Tensor) -> Tensor:
 
 def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Mapping[str, nn.Parameter]) -> _Record:
     record = _Record()
+    uses = _Uses(parameters, record)
     with ExitStack() as stack:
         for module, names in owners_of(model, parameters).items():
-            stack.enter_context(_recorded_calls(module, names, record))
+            stack.enter_context(_recorded_calls(module, names, record, uses))
         for module in model.modules():
             if not list(module.children()):
                 stack.enter_context(_recorded_size(module, record))
         # A module sees other tensors of the same values, so a use of the parameter itself is a use outside.
-        uses = _Uses(parameters, record)
         stack.enter_context(while_running(model, parameters, uses.alias))
         stack.enter_context(uses)
         objective.losses(model, batch)
@@ -166,10 +166,11 @@ def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Map
 
 
 @contextmanager
-def _recorded_calls(module: nn.Module, names: Mapping[str, str], record: _Record) -> Iterator[None]:
+def _recorded_calls(module: nn.Module, names: Mapping[str, str], record: _Record, uses: "_Uses") -> Iterator[None]:
     def before(module, args, kwargs):
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
-        record.note(module, names, x)
+        with uses.paused():  # what is computed for the record is no use either
+            record.note(module, names, x)
 
     handle = module.register_forward_pre_hook(before, with_kwargs=True)
     try:
@@ -203,9 +204,15 @@ class _Uses(TorchFunctionMode):
 
     def alias(self, name: str) -> Tensor:
         """Another tensor of a parameter's values."""
+        with self.paused():
+            return self.parameters[name].detach()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, nothing is noted."""
         self.pauses = True
         try:
-            return self.parameters[name].detach()
+            yield
         finally:
             self.pauses = False
 
