@@ -13,6 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.guided import FirstMoment, Guided
+from hybrid_opt.config.importance import Importance
 from hybrid_opt.config.strict import NonNegativeFloat, NonNegativeInt, PositiveInt, Strict
 from hybrid_opt.config.triggers import Trigger
 
@@ -36,10 +37,11 @@ class Rule(Strict):
 
     match: str | None = None
     """Regular expression searched for in the parameter's name."""
-    layers: str | None = Field(
-        None, json_schema_extra={"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}]}
+    layers: str | Importance | None = Field(
+        None, json_schema_extra=lambda schema: schema["anyOf"].insert(1, {"type": "integer"})
     )
-    """Layer numbers instead of a regular expression: `20-29`, `7`, `first-2` or `last-4`."""
+    """Layer numbers instead of a regular expression: `20-29`, `7`, `first-2` or `last-4`; or those that matter most by a measurement:
+    `{top: 4, by: gradient_norm}`."""
     use: tuple[str, ...] | Literal["frozen"]
     """Names of the estimators that may move the parameters, or `frozen`."""
 
@@ -285,7 +287,7 @@ class ScheduleFile(Strict):
 
     @model_validator(mode="after")
     def _optimizer_has_first_moment(self):
-        backprop = next((e for e in self.estimators.values() if isinstance(e, Backprop)), None)
+        backprop = self.backprop
         for name in acting_names(self.schedule):
             own = self.estimators[name]
             if isinstance(own, Guided) and isinstance(own.guides, FirstMoment) and not backprop.has_first_moment:
@@ -309,6 +311,11 @@ class ScheduleFile(Strict):
     def phases(self) -> tuple[Phase, ...]:
         """The schedule's phases; none in one without."""
         return self.schedule.phases if isinstance(self.schedule, Phases) else ()
+
+    @property
+    def backprop(self) -> Backprop | None:
+        """The backprop estimator, of which there is at most one."""
+        return next((e for e in self.estimators.values() if isinstance(e, Backprop)), None)
 
     @property
     def signals(self) -> frozenset[str]:

@@ -1,7 +1,5 @@
 """The engine that a run asks for, told what may ever be moved by whom. Next: `../training/hybrid_optimizer.py`."""
 
-from collections.abc import Iterable
-
 from torch import nn
 
 from hybrid_opt.config.engines import LocalEngine as LocalEngineConfig
@@ -12,7 +10,7 @@ from hybrid_opt.engines.contract import Engine
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
-from hybrid_opt.scheduling.policy import Policy
+from hybrid_opt.scheduling.ownership import Ownership
 
 
 def with_engine_settings(schedule: ScheduleFile, engine: LocalEngineConfig | ZeroEngineConfig | None) -> ScheduleFile:
@@ -36,7 +34,7 @@ def with_engine_settings(schedule: ScheduleFile, engine: LocalEngineConfig | Zer
 def build_engine(
     model: nn.Module,
     schedule: ScheduleFile,
-    policies: Iterable[Policy],
+    ownership: Ownership,
     config: LocalEngineConfig | ZeroEngineConfig | None,
     *,
     seed: int,
@@ -49,7 +47,7 @@ def build_engine(
     Raises:
         UserError: see `LocalEngine` and `ZeroEngine`.
     """
-    policies = list(policies)
+    policies = list(ownership.widest.values())
     name = next((name for name, c in schedule.estimators.items() if isinstance(c, Backprop)), None)
     owned = [set(policy.names(name)) for policy in policies] if name else []
     movable = {parameter for policy in policies for parameter, who in policy.owners.items() if who}
@@ -58,7 +56,8 @@ def build_engine(
         if isinstance(config, ZeroEngineConfig):
             from hybrid_opt.engines.zero import ZeroEngine
 
-            return ZeroEngine(model, backprop, owned, movable, config=config, seed=seed)
+            apart = [layer & set().union(*owned) for layer in ownership.changing()]
+            return ZeroEngine(model, backprop, [*owned, *apart], movable, config=config, seed=seed)
         refuse_many_processes()
         if config is None:
             device = next((p.device for p in model.parameters()), "cpu")

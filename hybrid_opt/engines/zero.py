@@ -94,7 +94,7 @@ class ZeroEngine:
     Args:
         model: any module, the same on all ranks (rank 0's weights are taken).
         backprop: the backprop estimator's configuration, or None if there is none.
-        owned: parameters that backprop owns, for each phase.
+        owned: parameters that backprop owns, for each phase; and sets that it may own apart from the others.
         movable: parameters that anybody may ever move.
         config: the `engine` section.
         seed: decides the rounding; compared between ranks.

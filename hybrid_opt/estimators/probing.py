@@ -184,6 +184,7 @@ def added(first: Cost, second: Cost) -> Cost:
     return replace(
         second,
         forwards=first.forwards + second.forwards,
+        backwards=first.backwards + second.backwards,
         forward_equivalents=first.forward_equivalents + second.forward_equivalents,
         tokens=first.tokens + second.tokens,
     )

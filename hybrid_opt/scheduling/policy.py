@@ -1,15 +1,17 @@
 """Policy: which estimators may move which parameters. Next: `schedule.py`.
 
 One idea: rules are ordered and the first one that selects a parameter wins, strictly (every rule selects something) and
-totally (every parameter is selected). Needs only names, so it is checked without loading a model.
+totally (every parameter is selected). Needs only names, so it is checked without loading a model; a rule whose layers are measured in the
+run gives until then whatever it may come to give.
 """
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.config.importance import Importance
 from hybrid_opt.config.schedule import Blend, Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
@@ -26,11 +28,28 @@ class Policy:
         return [name for name, estimators in self.owners.items() if estimator in estimators]
 
 
-def resolve(rules: Sequence[Rule] | None, names: Iterable[str], estimators: Collection[str], where: str) -> Policy:
+@dataclass(frozen=True)
+class MeasuredRule:
+    """A rule that a measurement fills in."""
+
+    importance: Importance
+    layers: dict[int, list[str]]
+    """Parameters of each layer that it may select."""
+
+
+def resolve(
+    rules: Sequence[Rule] | None,
+    names: Iterable[str],
+    estimators: Collection[str],
+    where: str,
+    chosen: Mapping[str, Collection[int]] = {},
+) -> Policy:
     """Apply rules to parameter names; without rules every estimator may move every parameter.
 
     Args:
         where: what the rules are called in messages, such as `policy` or `phases.1.policy`.
+        chosen: layers that measurements have given to rules, by the rules' places such as `policy.0`. While a rule's are not known, a
+            parameter gets every estimator that may come to move it.
 
     Raises:
         UserError: a rule selects nothing, a parameter is selected by no rule, or an estimator in use owns nothing.
@@ -38,37 +57,71 @@ def resolve(rules: Sequence[Rule] | None, names: Iterable[str], estimators: Coll
     names = list(names)
     if rules is None:
         return Policy(dict.fromkeys(names, tuple(estimators)))
-    owners: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, dict[str, None]] = {name: {} for name in names}
+    settled: set[str] = set()
     for number, rule in enumerate(rules):
-        selected = _selected(rule, names)
-        fresh = [name for name in selected if name not in owners]
+        place = f"{where}.{number}"
+        layers = chosen.get(place)
+        selected = _selected(rule, names, layers)
+        fresh = [name for name in selected if name not in settled]
         if not fresh and rule.match != ".*":  # '.*' stands for the rest, of which there may be none
-            raise UserError(f"{where}.{number}: {_nothing(rule, selected, names)}")
-        owners.update(dict.fromkeys(fresh, () if rule.use == "frozen" else tuple(rule.use)))
-    if missing := [name for name in names if name not in owners]:
+            raise UserError(f"{place}: {_nothing(rule, selected, names)}")
+        if isinstance(rule.layers, Importance) and layers is None:
+            _refuse_too_many(rule.layers, fresh, place)
+        else:
+            settled.update(fresh)
+        for name in fresh:
+            owners[name] |= dict.fromkeys(() if rule.use == "frozen" else rule.use)
+    if missing := [name for name in names if name not in settled]:
         raise UserError(
             f"{where}: {len(missing)} of {len(names)} parameters are covered by no rule: {_shortened(missing)}; "
             "add a last rule such as {match: '.*', use: frozen}"
         )
-    return Policy({name: owners[name] for name in names})
+    return Policy({name: tuple(owners[name]) for name in names})
 
 
-def resolve_policies(config: ScheduleFile, names: list[str]) -> dict[int | None, Policy]:
+def measured_rules(rules: Sequence[Rule] | None, names: Iterable[str], where: str) -> dict[str, MeasuredRule]:
+    """The rules whose layers are to be measured, by their places, with the parameters that earlier rules leave to them."""
+    left, found = list(names), {}
+    for number, rule in enumerate(rules or ()):
+        selected = _selected(rule, left)
+        if isinstance(rule.layers, Importance):
+            layers: dict[int, list[str]] = {}
+            for name in selected:
+                layers.setdefault(layer_number(name), []).append(name)
+            found[f"{where}.{number}"] = MeasuredRule(rule.layers, layers)
+        else:
+            taken = set(selected)
+            left = [name for name in left if name not in taken]
+    return found
+
+
+def policies_of(config: ScheduleFile) -> dict[int | None, tuple[str, Sequence[Rule] | None]]:
+    """For each phase (the whole run: None) its policy's place in the file, and the rules."""
+    if not isinstance(config.schedule, Phases):
+        return {None: ("policy", config.policy)}
+    return {
+        i: (f"schedule.phases.{i}.policy", phase.policy) if phase.policy is not None else ("policy", config.policy)
+        for i, phase in enumerate(config.schedule.phases)
+    }
+
+
+def resolve_policies(
+    config: ScheduleFile, names: list[str], chosen: Mapping[str, Collection[int]] = {}
+) -> dict[int | None, Policy]:
     """The policy of each phase (of the whole run: None) for a model's parameter names.
+
+    Args:
+        chosen: see `resolve`.
 
     Raises:
         UserError: a policy does not fit the names, an estimator acts without owning a parameter, or one that needs
             backprop's gradients shares none with it.
     """
     estimators = list(config.estimators)
-    if not isinstance(config.schedule, Phases):
-        policies = {None: resolve(config.policy, names, estimators, "policy")}
-    else:
-        policies = {}
-        for i, phase in enumerate(config.schedule.phases):
-            own = phase.policy is not None
-            rules, where = (phase.policy, f"schedule.phases.{i}.policy") if own else (config.policy, "policy")
-            policies[i] = resolve(rules, names, estimators, where)
+    policies = {
+        phase: resolve(rules, names, estimators, where, chosen) for phase, (where, rules) in policies_of(config).items()
+    }
     for phase, policy in policies.items():
         for name in acting_in(config.schedule, phase):
             if not policy.names(name):
@@ -122,9 +175,12 @@ def layer_number(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _selected(rule: Rule, names: Sequence[str]) -> list[str]:
+def _selected(rule: Rule, names: Sequence[str], chosen: Collection[int] | None = None) -> list[str]:
     if rule.match is not None:
         return [name for name in names if re.search(rule.match, name)]
+    if isinstance(rule.layers, Importance):
+        numbers = {name: layer_number(name) for name in names}
+        return [n for n, layer in numbers.items() if layer is not None and (chosen is None or layer in chosen)]
     layers = _layers(rule.layers, names)
     return [name for name in names if layer_number(name) in layers]
 
@@ -137,6 +193,16 @@ def _layers(layers: str, names: Sequence[str]) -> range:
         count = max((n for name in names if (n := layer_number(name)) is not None), default=-1) + 1
         return range(max(0, count - int(last)), count)
     return range(int(first), int(last or first) + 1)
+
+
+def _refuse_too_many(importance: Importance, fresh: Sequence[str], place: str) -> None:
+    """Where all layers would be chosen there is nothing to choose."""
+    layers = len({layer_number(name) for name in fresh})
+    if importance.top >= layers:
+        raise UserError(
+            f"{place}: top {importance.top} of {layers} layers is all that there are to choose from; write a smaller number, or match: "
+            "'.*' without a measurement"
+        )
 
 
 def _nothing(rule: Rule, selected: Sequence[str], names: Sequence[str]) -> str:

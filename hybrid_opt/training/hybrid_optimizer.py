@@ -29,9 +29,11 @@ from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.recovery.records import Part, Record, digest_of
-from hybrid_opt.scheduling.policy import acting_in, may_ever_move, resolve_policies
+from hybrid_opt.scheduling.ownership import Ownership
+from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
+from hybrid_opt.training.profiling import Profiler
 from hybrid_opt.training.step_report import StepReport, loss_of
 from hybrid_opt.training.updates import Update, Updates
 from hybrid_opt.training.weight_checks import WeightChecks
@@ -80,13 +82,16 @@ class HybridOptimizer:
         self._refuse_unknown(self.objectives, "objectives")
         self.seed = seed
         names = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.policies = resolve_policies(self.config, names)
+        self.ownership = Ownership(self.config, names)
+        self.policies = self.ownership.widest
+        """By phase; where rules are measured (`ownership`) they say who may ever move what."""
         self._refuse_missing_gradient()
-        self.engine = build_engine(model, self.config, self.policies.values(), engine, seed=seed)
+        self.engine = build_engine(model, self.config, self.ownership, engine, seed=seed)
         self.estimators = {name: build_estimator(c) for name, c in self.config.estimators.items()}
         for phase, policy in self.policies.items():
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
+        self.profiler = Profiler(self.engine, self.ownership, self.config.backprop, seed)
         self.followers = self._followers()
         self.updates = Updates(self.config, self.engine, self.policies, steps)
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
@@ -118,6 +123,10 @@ class HybridOptimizer:
         started, joules, step = time.perf_counter(), self._joules(), self.signals.step
         self._refuse_unknown(batches, "batches")
         plan = self.schedule.plan(step, self.signals)
+        first = next(iter(plan))
+        profile = self.profiler.profile(
+            self.schedule.phase, step, lambda: self._evaluated(first, batches.get(first, batch))
+        )
         owned = {name: self.may_move(name) for name in plan}
         estimates, costs, durations = {}, {}, {}
         for name in plan:
@@ -148,25 +157,25 @@ class HybridOptimizer:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
-        rest = (seconds - sum(durations.values())) / len(durations)
+        rest = (seconds - sum(durations.values()) - (profile.seconds if profile else 0.0)) / len(durations)
         report = StepReport(
             step=step,
             weights=plan,
             costs=costs,
             learning_rates=rates,
             loss=loss_of(cost for name, cost in costs.items() if name not in self.objectives),
-            tokens=sum(cost.tokens for cost in costs.values()),
             seconds=seconds,
             part_seconds={name: duration + rest for name, duration in durations.items()},
             record=record,
             decision=self.schedule.reason,
             account=self.schedule.account,
+            profile=profile,
         )
         self.signals = self.signals.updated(
             tokens=report.tokens,
-            forwards=sum(cost.forwards for cost in costs.values()),
-            backwards=sum(cost.backwards for cost in costs.values()),
-            forward_equivalents=sum(cost.forward_equivalents for cost in costs.values()),
+            forwards=report.forwards,
+            backwards=report.backwards,
+            forward_equivalents=report.forward_equivalents,
             seconds=self.engine.ranks.most(report.seconds)[0],  # all ranks decide by the same signals
             joules=self.engine.ranks.total(self._joules() - joules) if self.energy else 0.0,
             loss=report.loss,
@@ -266,8 +275,12 @@ class HybridOptimizer:
         return self.schedule.asks(self.signals)
 
     def may_move(self, name: str) -> list[str]:
-        """Parameters that an estimator may move in the phase of the latest plan."""
-        return self.policies[self.schedule.phase].names(name)
+        """Parameters that an estimator may move in the phase of the latest plan, by the latest measurement."""
+        return self.ownership.names(self.schedule.phase, name)
+
+    def may_come_to_move(self, names: Iterable[str]) -> set[str]:
+        """Parameters that estimators may move in the phase of the latest plan, whatever is measured before the step."""
+        return {parameter for name in names for parameter in self.policies[self.schedule.phase].names(name)}
 
     def state_dict(self, folder: Path | None = None, *, weights: bool = True) -> dict[str, Any]:
         """Everything that the next step depends on: weights, optimizer, update rules, what estimators remember, turns, schedule and
@@ -283,6 +296,7 @@ class HybridOptimizer:
             "updates": self.updates.state_dict(),
             "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
+            "ownership": self.ownership.state_dict(),
             "signals": asdict(self.signals),
             "rate_factor": self.rate_factor,
         }
@@ -292,6 +306,7 @@ class HybridOptimizer:
         self.roll_back(state, folder)
         self.updates.turns.load_state_dict(state["updates"]["turns"])
         self.schedule.load_state_dict(state["schedule"])
+        self.ownership.load_state_dict(state["ownership"])
         self.signals = restored(state["signals"])
         self.rate_factor = state["rate_factor"]
 

@@ -39,9 +39,9 @@ def metrics_row(
         "losses": {name: cost.loss for name, cost in report.costs.items()},
         "loss_spread": spreads[0] if spreads else None,
         "learning_rates": report.learning_rates,
-        "forwards": sum(cost.forwards for cost in costs),
-        "backwards": sum(cost.backwards for cost in costs),
-        "forward_equivalents": sum(cost.forward_equivalents for cost in costs),
+        "forwards": report.forwards,
+        "backwards": report.backwards,
+        "forward_equivalents": report.forward_equivalents,
         "tokens": report.tokens,
         "seconds": report.seconds,
         "peak_memory_bytes": peak_memory,
@@ -59,8 +59,23 @@ def metrics_row(
         },
         "update_norms": update_norms,
         **({"signals": dict(signals)} if signals else {}),
-        **({"decision": report.decision} if report.decision else {}),
+        **_decided(report),
         **({"account": report.account} if report.account else {}),
+    }
+
+
+def _decided(report: StepReport) -> dict[str, Any]:
+    """What was decided before the step, and the values of layers that were measured for it, by the place of the rule."""
+    profile = report.profile
+    reasons = [reason for reason in (report.decision, profile and profile.decision) if reason]
+    importance = (
+        {place: {str(layer): v for layer, v in values.items()} for place, values in profile.importance.items()}
+        if profile
+        else {}
+    )
+    return {
+        **({"decision": "; ".join(reasons)} if reasons else {}),
+        **({"importance": importance} if importance else {}),
     }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hybrid_opt.config.triggers import OF_ESTIMATORS
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.recovery.records import Record
+from hybrid_opt.training.profiling import Profile
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,6 @@ class StepReport:
     loss: float | None
     """The step's training loss: at the unperturbed weights if backprop acted, else the mean over the members; None if nothing was
     evaluated, no loss was finite, or only what estimators minimise instead was evaluated."""
-    tokens: int
-    """Tokens that forward passes processed."""
     seconds: float
     """Duration."""
     part_seconds: dict[str, float]
@@ -35,6 +34,32 @@ class StepReport:
     """What the schedule has decided before this step because of signals, and why."""
     account: Mapping[str, Mapping[str, float]] | None = None
     """What was weighed for that, by estimator."""
+    profile: Profile | None = None
+    """What was measured of the layers before this step, if anything was."""
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes over a batch."""
+        return sum(cost.forwards for cost in self._all_costs)
+
+    @property
+    def backwards(self) -> int:
+        """Backward passes over a batch."""
+        return sum(cost.backwards for cost in self._all_costs)
+
+    @property
+    def forward_equivalents(self) -> float:
+        """Computing, in forward passes over a whole batch (see `Cost`)."""
+        return sum(cost.forward_equivalents for cost in self._all_costs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that forward passes processed."""
+        return sum(cost.tokens for cost in self._all_costs)
+
+    @property
+    def _all_costs(self) -> list[Cost]:
+        return [*self.costs.values(), *([self.profile.cost] if self.profile else [])]
 
     @property
     def measured(self) -> dict[str, float]:

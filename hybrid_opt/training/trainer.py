@@ -235,7 +235,7 @@ class Trainer:
     def _step(self, step: int) -> None:
         acting = self.optimizer.acting()
         self.attribution.before_step(tuple(acting))
-        self.update_norms.before({name: self.optimizer.may_move(name) for name in acting})
+        self.update_norms.before(self.optimizer.may_come_to_move(acting))
         device = self.optimizer.engine.device
         forget_peak(device)
         own = {name: self.own_batches[name].batch_at(step) for name in acting if name in self.own_batches}
@@ -243,7 +243,8 @@ class Trainer:
         report = self.guard.taken(lambda: self.optimizer.step(batch, own))
         if report is None:
             return
-        norms, own = self.update_norms.after(), self.optimizer.objectives
+        norms = self.update_norms.after({name: self.optimizer.may_move(name) for name in acting})
+        own = self.optimizer.objectives
         peak = peak_memory_bytes(device)
         row = metrics_row(report, peak, norms, signals=self._measured(peak), is_reward=self.is_reward, own=own)
         row |= self.guard.told()

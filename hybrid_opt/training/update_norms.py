@@ -26,33 +26,30 @@ class UpdateNorms:
     def __init__(self, engine: Engine):
         self.engine = engine
 
-    def before(self, owned: Mapping[str, Collection[str]]) -> None:
-        """Remember the weights that are about to move.
+    def before(self, names: Collection[str]) -> None:
+        """Remember the weights that may be about to move."""
+        self.seen = {shard.name: _sample(shard).clone() for shard in self.engine.shards(names)}
 
-        Args:
-            owned: for each estimator that will act the parameters that it may move.
-        """
-        self.movers: dict[str, list[str]] = {}
-        for estimator, names in owned.items():
-            for name in names:
-                self.movers.setdefault(name, []).append(estimator)
-        self.seen = {shard.name: _sample(shard).clone() for shard in self.engine.shards(self.movers)}
-
-    def after(self) -> dict[str, dict[str, float]]:
+    def after(self, owned: Mapping[str, Collection[str]]) -> dict[str, dict[str, float]]:
         """Euclidean norms `{who: {layer: norm}}`; who: an estimator, or several joined by +.
 
         The norm of a parameter's change is that of its sample, times the root of the number of its elements over that of the sample.
+
+        Args:
+            owned: for each estimator that has acted the parameters that it might move.
         """
-        squares = {
-            shard.name: _square(_sample(shard), self.seen[shard.name]) for shard in self.engine.shards(self.movers)
-        }
-        names, device = list(self.movers), self.engine.device
+        movers: dict[str, list[str]] = {}
+        for estimator, names in owned.items():
+            for name in names:
+                movers.setdefault(name, []).append(estimator)
+        squares = {shard.name: _square(_sample(shard), self.seen[shard.name]) for shard in self.engine.shards(movers)}
+        names, device = list(movers), self.engine.device
         nothing = torch.zeros(2)
         # Fetched from the device once, not once a parameter.
         own = torch.stack([squares.get(name, nothing).to(device) for name in names]).cpu().double()
         norms: dict[str, dict[str, float]] = {}
         for name, (total, count) in zip(names, self.engine.ranks.gather(own).sum(dim=0).tolist(), strict=True):
-            layers = norms.setdefault("+".join(self.movers[name]), {})
+            layers = norms.setdefault("+".join(movers[name]), {})
             size = whole_shape(self.engine.parameters[name]).numel()
             layers[layer_of(name)] = layers.get(layer_of(name), 0.0) + total / max(count, 1) * size
         return {who: {layer: square**0.5 for layer, square in layers.items()} for who, layers in norms.items()}

@@ -19,9 +19,12 @@ def watched_step(schedule, policy=None, **changes):
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     norms = UpdateNorms(optimizer.engine)
-    norms.before({name: optimizer.may_move(name) for name in optimizer.acting()})
+    acting = optimizer.acting()
+    norms.before(optimizer.may_come_to_move(acting))
     optimizer.step(token_batch())
-    return norms.after(), {name: (p.detach() - before[name]) for name, p in model.named_parameters()}
+    return norms.after({name: optimizer.may_move(name) for name in acting}), {
+        name: (p.detach() - before[name]) for name, p in model.named_parameters()
+    }
 
 
 def norm_of_layer(changes, layer):
