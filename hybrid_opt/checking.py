@@ -13,12 +13,12 @@ from hybrid_opt.config.objectives import Objective
 from hybrid_opt.config.perturbations import LowRankPerturbation
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.run import RunFile
-from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.inventory import inventory
 from hybrid_opt.perturbations.refusal import refusal
-from hybrid_opt.scheduling.policy import Policy, may_ever_move, resolve_policies
+from hybrid_opt.scheduling.policy import Policy, may_ever_move, measured_rules, policies_of, resolve_policies
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals
 
@@ -41,7 +41,20 @@ def policy_tables(run: RunFile) -> Iterator[Table | Text]:
                 exceptions |= dict.fromkeys(_exceptions(estimator, form.otherwise, reasons))
                 policy = _without(policy, estimator, reasons) if form.otherwise == "frozen" else policy
         yield _policy_table(policy, found.shapes, "" if phase is None else f"phase {phase}")
+    yield from map(Text, _measured(run.schedule, list(found.shapes)))
     yield from map(Text, exceptions)
+
+
+def _measured(schedule: ScheduleFile, names: list[str]) -> list[str]:
+    """Which of the rules choose their layers in the run; the table shows whoever may come to move a parameter."""
+    lines = {}
+    for where, rules in policies_of(schedule).values():
+        for place, rule in measured_rules(rules, names, where).items():
+            again = f"again every {rule.importance.every} steps" if rule.importance.every else "once"
+            lines[place] = (
+                f"{place}: {rule.importance}, of {len(rule.layers)} layers, measured in the run, {again}; until then the table shows whoever may come to move a parameter"
+            )
+    return list(lines.values())
 
 
 def objective_lines(run: RunFile) -> Iterator[Text]:

@@ -66,9 +66,7 @@ def resolve(
         fresh = [name for name in selected if name not in settled]
         if not fresh and rule.match != ".*":  # '.*' stands for the rest, of which there may be none
             raise UserError(f"{place}: {_nothing(rule, selected, names)}")
-        if isinstance(rule.layers, Importance) and layers is None:
-            _refuse_too_many(rule.layers, fresh, place)
-        else:
+        if layers is not None or not isinstance(rule.layers, Importance):
             settled.update(fresh)
         for name in fresh:
             owners[name] |= dict.fromkeys(() if rule.use == "frozen" else rule.use)
@@ -193,16 +191,6 @@ def _layers(layers: str, names: Sequence[str]) -> range:
         count = max((n for name in names if (n := layer_number(name)) is not None), default=-1) + 1
         return range(max(0, count - int(last)), count)
     return range(int(first), int(last or first) + 1)
-
-
-def _refuse_too_many(importance: Importance, fresh: Sequence[str], place: str) -> None:
-    """Where all layers would be chosen there is nothing to choose."""
-    layers = len({layer_number(name) for name in fresh})
-    if importance.top >= layers:
-        raise UserError(
-            f"{place}: top {importance.top} of {layers} layers is all that there are to choose from; write a smaller number, or match: "
-            "'.*' without a measurement"
-        )
 
 
 def _nothing(rule: Rule, selected: Sequence[str], names: Sequence[str]) -> str:

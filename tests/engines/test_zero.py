@@ -522,6 +522,18 @@ def test_frozen_parameters_stay_beside_those_that_are_trained(results, ranks):
         assert found["scale"] > 1e-3
 
 
+def test_layers_change_hands_by_their_sensitivity(results):
+    found = results(2, "layers_by_sensitivity")
+    local, *others = found["chosen"]
+    assert len(others) == 3
+    assert all(chosen == local for chosen in others)
+    assert local[0] == local[1] != local[2]
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 1000 * ROUNDING
+    assert "policy.0.layers.by: gradient_norm needs gradients outside of a step" in found["refused"]
+
+
 def test_a_phase_may_leave_backprop_nothing(results):
     found = results(2, "nothing_owned_by_backprop")
     assert largest(found, "losses") < ROUNDING

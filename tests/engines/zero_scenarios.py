@@ -1273,6 +1273,30 @@ def nothing_owned_by_backprop(folder):
     return at_all_stages(schedule_file({"type": "phases", "phases": phases}, backprop=SGD), steps=5)
 
 
+@scenario(2)
+def layers_by_sensitivity(folder):
+    """Layers that backprop may move are measured anew in every second step, and go from one estimator to the other."""
+    policy = [
+        {"layers": {"top": 1, "by": "sensitivity", "probes": 2, "every": 2}, "use": ["backprop"]},
+        {"match": ".*", "use": ["es"]},
+    ]
+    blend = {"type": "blend", "weights": {"es": 1.0, "backprop": 1.0}}
+    file = schedule_file(blend, backprop=SGD, policy=policy)
+    chosen = []
+
+    def note(run: Run) -> None:
+        chosen.append(run.optimizer.ownership.chosen["policy.0"])
+
+    result = at_all_stages(file, model=lambda: tiny_model("llama", num_hidden_layers=3), steps=5, after=note)
+    result["chosen"] = [chosen[i : i + 5] for i in range(0, len(chosen), 5)]
+    try:
+        policy[0]["layers"] = {"top": 1, "by": "gradient_norm"}
+        HybridOptimizer(small_model(), token_losses, schedule=schedule_file(blend, policy=policy), engine=zero(2))
+    except UserError as error:
+        result["refused"] = str(error)
+    return result
+
+
 # ------------------------------------------------------------ running them
 
 

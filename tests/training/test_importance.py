@@ -142,7 +142,6 @@ def test_a_resumed_run_keeps_its_choice_and_ends_with_the_same_weights(tmp_path)
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"top": 4, "by": "gradient_norm"}, "policy.0: top 4 of 4 layers is all that there are to choose from"),
         ({"top": 1, "by": "gradient_norm", "probes": 3}, "probes: not used by gradient_norm"),
         ({"top": 1, "by": "norm"}, "'gradient_norm' or 'sensitivity'"),
         ({"top": 0, "by": "sensitivity"}, "greater than or equal to 1"),
