@@ -50,9 +50,16 @@ def _measured(schedule: ScheduleFile, names: list[str]) -> list[str]:
     lines = {}
     for where, rules in policies_of(schedule).values():
         for place, rule in measured_rules(rules, names, where).items():
-            again = f"again every {rule.importance.every} steps" if rule.importance.every else "once"
+            importance, count = rule.importance, len(rule.layers)
+            again = f"every {importance.every} steps" if importance.every else "once"
+            takes = (
+                "a backward pass"
+                if importance.by == "gradient_norm"
+                else f"{2 * importance.probes * count:,} forward passes"
+            )
             lines[place] = (
-                f"{place}: {rule.importance}, of {len(rule.layers)} layers, measured in the run, {again}; until then the table shows whoever may come to move a parameter"
+                f"{place}: {importance}, of {count} layers, measured in the run {again} by {takes}; the table shows whoever may come to move a "
+                "parameter"
             )
     return list(lines.values())
 

@@ -58,9 +58,9 @@ def test_json_schema_takes_a_schedule_by_name_or_as_an_object():
     assert kinds(schema, schema["properties"]["data"]) == {"object"}
 
 
-def test_json_schema_takes_layers_as_text_or_number():
+def test_json_schema_takes_layers_as_text_number_or_measurement():
     schema = ScheduleFile.model_json_schema()
-    assert kinds(schema, schema["$defs"]["Rule"]["properties"]["layers"]) == {"string", "integer", "null"}
+    assert kinds(schema, schema["$defs"]["Rule"]["properties"]["layers"]) == {"string", "integer", "object", "null"}
     assert load_schedule(INLINE).policy[1].layers == "7"
 
 
