@@ -1,6 +1,8 @@
 """Memory of the device and of this process."""
 
 import contextlib
+import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -56,11 +58,22 @@ def total_memory_bytes() -> int | None:
         return _kilobytes(MEMINFO, "MemTotal")
 
 
-def free_memory_bytes(device: torch.device) -> int:
-    """Memory that this process could still allocate on a device.
+def release_memory(device: torch.device) -> None:
+    """Give back to the system what is not used any more but still held by this process."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif trim := getattr(ctypes.CDLL(None) if sys.platform == "linux" else None, "malloc_trim", None):  # glibc has it
+        trim(0)
+
+
+def free_memory_bytes(device: torch.device, limit: int | None = None) -> int:
+    """Memory that this process could still allocate on a device, until `peak_memory_bytes` would be above a limit.
 
     On CUDA what is free and what torch holds in reserve; on Linux what is available to the machine, or to the process's
     container if that is less; elsewhere 4 GiB, because the operating system has no common way to tell."""
+    if limit is not None:
+        return max(0, min(free_memory_bytes(device), limit - (present_memory_bytes(device) or 0)))
     if device.type == "cuda":
         reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserve

@@ -6,7 +6,7 @@ the run folder. Next: `loading.py`, which makes it from YAML files and command-l
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
 from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.data import Data
@@ -152,6 +152,11 @@ class Training(Keeping):
     check_drift_every: NonNegativeInt = 50
     """Steps in which every weight is compared once with what it was after the update before, so that nobody else writes weights
     unnoticed; each step looks at another part of them. 0: none is."""
+
+    memory_budget: ByteSize | None = None
+    """Such as `20GB`: before the first step it is measured with how many of the last layers backprop stays below that, in how small parts
+    of the batch, and with gradient checkpointing or without; of the rest it keeps off, which so is other estimators' alone. On CUDA it is
+    what torch allocates, elsewhere the whole process. Left out: what the policy and the estimators say."""
 
     @model_validator(mode="after")
     def _has_an_end(self):

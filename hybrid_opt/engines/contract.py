@@ -57,6 +57,8 @@ class Engine(Protocol):
     ranks: "Ranks"
     independent_forwards: bool
     """Whether this process can run the model without the others, so that it may make more or fewer forward passes than they."""
+    memory_limit: int | None
+    """Bytes that forward passes must keep the process's memory (on CUDA: what torch allocates) below; None: as much as there is."""
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:

@@ -3,7 +3,7 @@
 One idea: updates are always added to float32 weights, which `master_weights.py` provides where the model has narrower ones.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +68,7 @@ class LocalEngine:
 
     ranks = Ranks()
     independent_forwards = True
+    memory_limit: int | None = None
 
     def __init__(
         self,
@@ -148,15 +149,20 @@ class LocalEngine:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """See `Engine.load_state_dict`."""
-        for name, master in self.masters.items():
-            master.copy_(state["weights"][name])
+        self.write(state["weights"])
         for name, buffer in self._buffers().items():
             buffer.copy_(state["buffers"][name])
         if self.optimizer:
             by_number = {int(i): values for i, values in state["optimizer"]["state"].items()}
             with self._seen_as_float32():
                 self.optimizer.load_state_dict({**state["optimizer"], "state": by_number})
-        self._refresh(self.masters)
+
+    @torch.no_grad()
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Set parameters to values that master weights have had: flat or shaped, float32."""
+        for name, values in weights.items():
+            self.masters[name].copy_(values.view(self.masters[name].shape))
+        self._refresh(weights)
 
     def is_finite(self) -> bool:
         """See `Engine.is_finite`."""

@@ -103,6 +103,8 @@ class ZeroEngine:
         UserError: settings that contradict each other, or that DeepSpeed cannot do.
     """
 
+    memory_limit: int | None = None
+
     def __init__(
         self,
         model: nn.Module,

@@ -33,7 +33,7 @@ class BackpropEstimator:
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
         """See `Estimator.check`."""
-        if self.config.gradient_checkpointing and not hasattr(engine.model, "gradient_checkpointing_enable"):
+        if self.config.gradient_checkpointing and not can_checkpoint(engine.model):
             raise UserError(
                 f"schedule: gradient_checkpointing: {type(engine.model).__name__} has no gradient_checkpointing_enable "
                 "(Hugging Face models have); write gradient_checkpointing: false"
@@ -98,6 +98,11 @@ class BackpropEstimator:
         if self.config.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=getattr(torch, self.config.autocast))
+
+
+def can_checkpoint(model: nn.Module) -> bool:
+    """Whether a model can recompute activations in the backward pass."""
+    return hasattr(model, "gradient_checkpointing_enable")
 
 
 @contextmanager

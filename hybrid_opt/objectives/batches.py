@@ -59,6 +59,11 @@ class ShuffledBatches:
         chosen = self._order[place * self.batch_size : (place + 1) * self.batch_size]
         return self.collate([self.examples[i] for i in chosen])
 
+    def largest(self) -> Any:
+        """A batch of the longest examples, as none of the others takes more memory."""
+        by_length = sorted(self.examples, key=lambda e: len(e.prompt) + len(getattr(e, "completion", ())))
+        return self.collate(by_length[-self.batch_size :])
+
 
 class IterableBatches:
     """A user's own iterable of batches, started again when it ends. Steps are asked for in order."""

@@ -87,7 +87,8 @@ class ForwardSize:
         """Rows in a forward pass if nothing is prescribed; the same on all ranks where they run the model together."""
         efficient = math.ceil(EFFICIENT.get(engine.device.type, EFFICIENT["cuda"]) / elements)
         sharing = engine.ranks.on_this_machine if engine.device.type == "cpu" else 1
-        fits = int(SHARE_OF_FREE_MEMORY * free_memory_bytes(engine.device)) // sharing // max(1, bytes_per_example)
+        free = free_memory_bytes(engine.device, engine.memory_limit)
+        fits = int(SHARE_OF_FREE_MEMORY * free) // sharing // max(1, bytes_per_example)
         rows = max(1, min(efficient, fits, self._fits or fits))
         return rows if engine.independent_forwards else engine.ranks.least(rows)
 

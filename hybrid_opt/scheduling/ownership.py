@@ -4,7 +4,7 @@ One idea: an engine is built for the widest policy, which gives everybody whatev
 that the latest measurements have made of it. Where nothing is measured the two are one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hybrid_opt.config.schedule import ScheduleFile
@@ -29,10 +29,17 @@ class Ownership:
         self.measured_at: dict[str, int] = {}
         """The step before which they were, by place."""
         self.present = self.widest
+        self.limits: dict[str, frozenset[str]] = {}
+        """What estimators are kept to, where there is no memory for more."""
 
     def names(self, phase: int | None, estimator: str) -> list[str]:
         """Parameters that an estimator may move at present, in the model's order."""
-        return self.present[phase].names(estimator)
+        names, limit = self.present[phase].names(estimator), self.limits.get(estimator)
+        return names if limit is None else [name for name in names if name in limit]
+
+    def limit(self, estimator: str, names: Collection[str]) -> None:
+        """Keep an estimator to these parameters, of those that the policy gives it."""
+        self.limits[estimator] = frozenset(names)
 
     def due(self, phase: int | None, step: int) -> dict[str, MeasuredRule]:
         """The rules of a phase, by their places, that are to be measured before a step."""

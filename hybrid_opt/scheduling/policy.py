@@ -15,6 +15,8 @@ from hybrid_opt.config.importance import Importance
 from hybrid_opt.config.schedule import Blend, Phases, Rule, Schedule, ScheduleFile, acting_names
 from hybrid_opt.errors import UserError
 
+LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -169,8 +171,14 @@ def acting_in(schedule: Schedule, phase: int | None) -> list[str]:
 
 def layer_number(name: str) -> int | None:
     """The number of the layer in a parameter's name (`model.layers.7.mlp.weight` -> 7), or None."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    found = LAYER.search(name)
     return int(found[1]) if found else None
+
+
+def block_of(name: str) -> str:
+    """Where a parameter lies on the way through the model: its name up to its layer's number, or nothing outside of layers."""
+    found = LAYER.search(name)
+    return name[: found.end()] if found else ""
 
 
 def _selected(rule: Rule, names: Sequence[str], chosen: Collection[int] | None = None) -> list[str]:

@@ -115,6 +115,7 @@ def build(
         keeping=training,
         divergence=training.divergence,
         check_drift_every=training.check_drift_every,
+        memory_budget=training.memory_budget,
         output=run.output,
         overwrite=overwrite,
         resume=resume,

@@ -33,6 +33,7 @@ from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
+from hybrid_opt.training.memory_budget import MemoryBudget
 from hybrid_opt.training.profiling import Profiler
 from hybrid_opt.training.step_report import StepReport, loss_of
 from hybrid_opt.training.updates import Update, Updates
@@ -56,6 +57,8 @@ class HybridOptimizer:
             one of them passes the same batches: backprop takes its share of the examples, ES its share of the members.
         check_drift_every: in how many steps each parameter is compared once with what it was after the update before; 0: none is,
             as for a loop that writes weights itself.
+        memory_budget: bytes that backprop and the forward passes of ES are fitted into before the first step (see `MemoryBudget`);
+            None: what there is.
 
     Backprop runs with the model in training mode (dropout on), ES in evaluation mode; both leave the mode as it was.
 
@@ -75,6 +78,7 @@ class HybridOptimizer:
         seed: int = 0,
         engine: EngineConfig | None = None,
         check_drift_every: int = 0,
+        memory_budget: int | None = None,
     ):
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
@@ -92,6 +96,9 @@ class HybridOptimizer:
             for name in acting_in(self.config.schedule, phase):
                 self.estimators[name].check(self.engine, policy.names(name))
         self.profiler = Profiler(self.engine, self.ownership, self.config.backprop, seed)
+        self.memory = None
+        if memory_budget is not None:
+            self.memory = MemoryBudget(memory_budget, self.config, self.engine, self.ownership, self.estimators)
         self.followers = self._followers()
         self.updates = Updates(self.config, self.engine, self.policies, steps)
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
@@ -122,6 +129,7 @@ class HybridOptimizer:
     def _step(self, batch: Any, batches: Mapping[str, Any]) -> StepReport:
         started, joules, step = time.perf_counter(), self._joules(), self.signals.step
         self._refuse_unknown(batches, "batches")
+        self.fit_memory(batch, batches)
         plan = self.schedule.plan(step, self.signals)
         first = next(iter(plan))
         profile = self.profiler.profile(
@@ -132,7 +140,8 @@ class HybridOptimizer:
         for name in plan:
             begun = time.perf_counter()
             own = self._evaluated(name, batches.get(name, batch))
-            estimates[name], costs[name] = self._estimate(name, *own, owned[name])
+            estimates[name], costs[name] = self._estimate(name, *own)
+            owned[name] = self.may_move(name)  # less than before, if memory was short
             durations[name] = time.perf_counter() - begun
         gradient = next((name for name in plan if self.updates.rules[name] is None), None)
         if gradient is not None:
@@ -170,6 +179,7 @@ class HybridOptimizer:
             decision=self.schedule.reason,
             account=self.schedule.account,
             profile=profile,
+            memory=self.memory.take_told() if self.memory else "",
         )
         self.signals = self.signals.updated(
             tokens=report.tokens,
@@ -184,25 +194,40 @@ class HybridOptimizer:
         )
         return report
 
+    def fit_memory(self, batch: Any, batches: Mapping[str, Any] | None = None) -> None:
+        """Fit backprop into the memory budget, if there is one and this has not been done yet; `step` does so with its own batch.
+
+        Args:
+            batch, batches: as for `step`, the largest that are to be expected.
+
+        Raises:
+            UserError: an estimator takes more than the budget by itself.
+        """
+        if self.memory and not self.memory.is_chosen:
+            self.memory.choose(lambda name: self._evaluated(name, (batches or {}).get(name, batch)))
+
     def _joules(self) -> float:
         """What the device has taken so far, if the schedule goes by that: reading it takes time, on ranks an exchange too."""
         return self.energy.read() if self.energy else 0.0
 
-    def _estimate(self, name: str, objective: Objective, batch: Any, owned: list[str]) -> tuple[Estimate, Cost]:
-        """One estimator's estimate, with the step and its name in front of what goes wrong."""
+    def _estimate(self, name: str, objective: Objective, batch: Any) -> tuple[Estimate, Cost]:
+        """One estimator's estimate, with the step and its name in front of what goes wrong. Where memory is short for a gradient, again with
+        less to take it of, if there is a memory budget."""
         step = self.signals.step
         try:
             key = StepKey(self.seed, step, name)
-            estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, owned, key)
+            estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, self.may_move(name), key)
             _refuse_not_finite(cost)
+            return estimate, cost
         except UserError as error:
             raise type(error)(f"step {step}, estimator {name}: {error}") from error
         except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
-                f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
-            ) from error
-        return estimate, cost
+            if not (self.memory and self.memory.shrink(name, "out of memory")):
+                raise UserError(
+                    f"step {step}, estimator {name}: out of memory; lower members_per_forward (es), raise accumulation or turn on "
+                    f"gradient_checkpointing (backprop), or lower batch_size: {str(error).splitlines()[0]}"
+                ) from error
+        return self._estimate(name, objective, batch)
 
     def _refuse_too_many_lost(self, costs: Mapping[str, Cost]) -> bool:
         """Whether a step without any estimate is so because losses were not finite."""
@@ -297,6 +322,7 @@ class HybridOptimizer:
             "estimators": memories(self.estimators),
             "schedule": self.schedule.state_dict(),
             "ownership": self.ownership.state_dict(),
+            "memory": self.memory.state_dict() if self.memory else None,
             "signals": asdict(self.signals),
             "rate_factor": self.rate_factor,
         }
@@ -307,6 +333,8 @@ class HybridOptimizer:
         self.updates.turns.load_state_dict(state["updates"]["turns"])
         self.schedule.load_state_dict(state["schedule"])
         self.ownership.load_state_dict(state["ownership"])
+        if self.memory and state["memory"]:
+            self.memory.load_state_dict(state["memory"])
         self.signals = restored(state["signals"])
         self.rate_factor = state["rate_factor"]
 

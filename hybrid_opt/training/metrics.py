@@ -66,17 +66,11 @@ def metrics_row(
 
 def _decided(report: StepReport) -> dict[str, Any]:
     """What was decided before the step, and the values of layers that were measured for it, by the place of the rule."""
-    profile = report.profile
-    reasons = [reason for reason in (report.decision, profile and profile.decision) if reason]
-    importance = (
-        {place: {str(layer): v for layer, v in values.items()} for place, values in profile.importance.items()}
-        if profile
-        else {}
-    )
-    return {
-        **({"decision": "; ".join(reasons)} if reasons else {}),
-        **({"importance": importance} if importance else {}),
-    }
+    decided = {"decision": "; ".join(report.decisions)} if report.decisions else {}
+    if not report.profile:
+        return decided
+    measured = report.profile.importance.items()
+    return {**decided, "importance": {place: {str(layer): v for layer, v in own.items()} for place, own in measured}}
 
 
 def evaluation_row(step: int, measures: dict[str, float], signals: Signals) -> dict[str, Any]:

@@ -36,6 +36,13 @@ class StepReport:
     """What was weighed for that, by estimator."""
     profile: Profile | None = None
     """What was measured of the layers before this step, if anything was."""
+    memory: str = ""
+    """What the memory budget has changed before this step or in it, and why."""
+
+    @property
+    def decisions(self) -> list[str]:
+        """All that was decided before the step or in it, and why."""
+        return [reason for reason in (self.decision, self.profile and self.profile.decision, self.memory) if reason]
 
     @property
     def forwards(self) -> int:

@@ -61,7 +61,7 @@ class Trainer:
         checkpoint_every: steps between checkpoints; 0: only when interrupted.
         keeping: how many checkpoints are kept, and when they have weights.
         divergence: what is done about a loss that grows; None: only one that is not finite ends the run.
-        check_drift_every: see `HybridOptimizer`.
+        check_drift_every, memory_budget: see `HybridOptimizer`.
         output: run folder; None: nothing is written.
         overwrite: replace the run that the folder holds.
         resume: go on from the folder's newest checkpoint.
@@ -96,6 +96,7 @@ class Trainer:
         keeping: Keeping = Keeping(),
         divergence: Divergence | None = None,
         check_drift_every: int = 50,
+        memory_budget: int | None = None,
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,
@@ -129,6 +130,7 @@ class Trainer:
             seed=seed,
             engine=engine,
             check_drift_every=check_drift_every,
+            memory_budget=memory_budget,
         )
         self.ranks = self.optimizer.engine.ranks
         self.consolidates = getattr(engine, "consolidate", False)
@@ -190,6 +192,7 @@ class Trainer:
             self.journal.start(self.optimizer.signals.step, self.steps)
             if not self.resume:
                 self._measure_before()
+                self._fit_memory()
             try:
                 finished = self._loop(stop_requested)
             except CannotWriteError:
@@ -248,6 +251,10 @@ class Trainer:
         peak = peak_memory_bytes(device)
         row = metrics_row(report, peak, norms, signals=self._measured(peak), is_reward=self.is_reward, own=own)
         row |= self.guard.told()
+        if report.memory:
+            self.journal.say(f"step {step}: {report.memory}")
+        if self.optimizer.memory:
+            self.optimizer.memory.observe(peak, acting)
         if self.keeper:
             self.keeper.stepped(report)
         self.journal.stepped(row, self.done())
@@ -291,6 +298,14 @@ class Trainer:
             self.journal.evaluated(self.journal.before, self.optimizer.signals)
         along = self.validation_along  # the rows that the guard will go on seeing
         self.guard.begin(lambda: self.journal.before if along is self.validation else self._evaluate(along))
+
+    def _fit_memory(self) -> None:
+        """With the largest batches, where these are known; else the first step does it with its own."""
+        sources = {None: self.batches, **self.own_batches}
+        if self.optimizer.memory and all(hasattr(batches, "largest") for batches in sources.values()):
+            self.display.say("trying what fits into the memory budget ...")
+            largest = {name: batches.largest() for name, batches in sources.items()}
+            self.optimizer.fit_memory(largest.pop(None), largest)
 
     def _end(self) -> Summary:
         if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest

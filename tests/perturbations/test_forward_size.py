@@ -74,7 +74,7 @@ def test_micro_batches_split_examples_evenly():
 
 def test_by_itself_it_takes_what_is_efficient_and_fits(monkeypatch):
     monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 10**9)
-    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device: 2 * 12 * 1000)  # 12 rows in half of it
+    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device, limit: 2 * 12 * 1000)  # 12 rows in half of it
     assert pieces(ForwardSize(), bytes_per_example=1000) == [(4, 3), (4, 3)]
     assert pieces(ForwardSize(), bytes_per_example=6000) == [(1, 1), (1, 2)] * 8
     assert pieces(ForwardSize(), bytes_per_example=10**9) == [(1, 1)] * 24
@@ -87,7 +87,7 @@ def test_where_passes_are_of_one_token_it_takes_more_rows(monkeypatch):
     monkeypatch.setitem(forward_size.EFFICIENT, "cpu", 12)
     assert pieces(ForwardSize(), objective=Writes()) == [(4, 3), (4, 3)]
     assert pieces(ForwardSize(), objective=Writes(), together=1) == [(4, 3), (4, 3)]
-    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device: 2 * 6 * 1000)
+    monkeypatch.setattr(forward_size, "free_memory_bytes", lambda device, limit: 2 * 6 * 1000)
     assert pieces(ForwardSize(), objective=Writes(600), bytes_per_example=400) == [(2, 3)] * 4
 
 
