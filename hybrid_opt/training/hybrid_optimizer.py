@@ -5,9 +5,8 @@ One idea: this is the whole method. All estimates of a step are taken at the sam
 whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.energy import EnergyMeter
 from hybrid_opt.engines.build import build_engine, with_engine_settings
-from hybrid_opt.errors import DivergedError, UserError, did_you_mean
+from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import compared_with
 from hybrid_opt.estimators.contract import Cost, Estimate
@@ -28,19 +27,22 @@ from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
-from hybrid_opt.recovery.records import Part, Record, digest_of
+from hybrid_opt.recovery.records import Record, digest_of
 from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
 from hybrid_opt.training.memory_budget import MemoryBudget
 from hybrid_opt.training.profiling import Profiler
+from hybrid_opt.training.refusals import (
+    refuse_missing_gradient,
+    refuse_not_finite,
+    refuse_too_many_lost,
+    refuse_unknown,
+)
 from hybrid_opt.training.step_report import StepReport, loss_of
-from hybrid_opt.training.updates import Update, Updates
+from hybrid_opt.training.updates import Update, Updates, record_of
 from hybrid_opt.training.weight_checks import WeightChecks
-
-MOST_LOST_STEPS = 10
-"""Steps in a row that may be skipped because losses are not finite; more of them would be a run that does nothing."""
 
 
 class HybridOptimizer:
@@ -83,13 +85,13 @@ class HybridOptimizer:
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
         self.objectives = {name: as_objective(own) for name, own in (objectives or {}).items()}
-        self._refuse_unknown(self.objectives, "objectives")
+        refuse_unknown(self.objectives, self.config, "objectives")
         self.seed = seed
         names = [name for name, p in model.named_parameters() if p.requires_grad]
         self.ownership = Ownership(self.config, names)
         self.policies = self.ownership.widest
         """By phase; where rules are measured (`ownership`) they say who may ever move what."""
-        self._refuse_missing_gradient()
+        refuse_missing_gradient(self.config, self.objective, self.objectives)
         self.engine = build_engine(model, self.config, self.ownership, engine, seed=seed)
         self.estimators = {name: build_estimator(c) for name, c in self.config.estimators.items()}
         for phase, policy in self.policies.items():
@@ -128,7 +130,7 @@ class HybridOptimizer:
 
     def _step(self, batch: Any, batches: Mapping[str, Any]) -> StepReport:
         started, joules, step = time.perf_counter(), self._joules(), self.signals.step
-        self._refuse_unknown(batches, "batches")
+        refuse_unknown(batches, self.config, "batches")
         self.fit_memory(batch, batches)
         plan = self.schedule.plan(step, self.signals)
         first = next(iter(plan))
@@ -152,8 +154,10 @@ class HybridOptimizer:
         telling = [name for name in plan if not costs[name].is_empty]
         updates, factors = self.updates.coupled(Update(n, estimates[n], plan[n], rates[n], owned[n]) for n in telling)
         rates |= {update.estimator: update.learning_rate for update in updates}
-        record = self._record(plan, updates)
-        is_lost = not telling and self._refuse_too_many_lost(costs)
+        record = None
+        if all(self.config.estimators[name].draws_noise for name in plan):
+            record = record_of(step, self.policy_digests[self.schedule.phase], updates, self.seed)
+        is_lost = not telling and refuse_too_many_lost(costs, step, self.signals.lost_steps)
         self.checks.before_update(step)
         if updates:
             self.updates.apply(record.parts if record else updates, step)
@@ -217,7 +221,7 @@ class HybridOptimizer:
         try:
             key = StepKey(self.seed, step, name)
             estimate, cost = self.estimators[name].estimate(self.engine, objective, batch, self.may_move(name), key)
-            _refuse_not_finite(cost)
+            refuse_not_finite(cost)
             return estimate, cost
         except UserError as error:
             raise type(error)(f"step {step}, estimator {name}: {error}") from error
@@ -229,16 +233,6 @@ class HybridOptimizer:
                 ) from error
         return self._estimate(name, objective, batch)
 
-    def _refuse_too_many_lost(self, costs: Mapping[str, Cost]) -> bool:
-        """Whether a step without any estimate is so because losses were not finite."""
-        is_lost = any(cost.nonfinite_members for cost in costs.values())
-        if is_lost and self.signals.lost_steps + 1 >= MOST_LOST_STEPS:
-            raise DivergedError(
-                f"step {self.signals.step}: in {MOST_LOST_STEPS} steps in a row more members than max_nonfinite allows had a loss that is "
-                "not finite, so nothing has moved; lower sigma or the learning rates"
-            )
-        return is_lost
-
     def _evaluated(self, name: str, batch: Any) -> tuple[Objective, Any]:
         """What an estimator minimises in a step, and on what."""
         objective = self.objectives.get(name, self.objective)
@@ -247,25 +241,6 @@ class HybridOptimizer:
         if objective is None:
             raise UserError("objective: none was given, so pass step() a function that returns the losses")
         return objective, to_device(batch, self.engine.device)
-
-    def _record(self, plan: Mapping[str, float], updates: Sequence[Update]) -> Record | None:
-        """The step's record, if none but estimators act that draw noise."""
-        if not all(self.config.estimators[name].draws_noise for name in plan):
-            return None
-        step = self.signals.step
-        parts = [
-            Part.of(
-                u.estimator,
-                u.estimate,
-                u.weight,
-                u.learning_rate,
-                u.names,
-                StepKey(self.seed, step, u.estimator),
-                u.rested,
-            )
-            for u in updates
-        ]
-        return Record(step, self.policy_digests[self.schedule.phase], parts)
 
     @torch.no_grad()
     def replay(self, document: Mapping[str, Any]) -> None:
@@ -362,27 +337,3 @@ class HybridOptimizer:
         acting = {name: self.estimators[name] for name in acting_names(self.config.schedule)}
         may_move = {name: may_ever_move(self.config, self.policies, name) for name in acting}
         return Followers(self.engine, acting, may_move)
-
-    def _refuse_unknown(self, names: Iterable[str], where: str) -> None:
-        for name in names:
-            if name not in self.config.estimators:
-                known = self.config.estimators
-                raise UserError(
-                    f"{where}: {name!r} is none of the schedule's estimators {list(known)}{did_you_mean(name, known)}"
-                )
-
-    def _refuse_missing_gradient(self) -> None:
-        for name in acting_names(self.config.schedule):
-            objective = self.objectives.get(name, self.objective)
-            if self.config.estimators[name].differentiates and objective and not objective.differentiable:
-                raise UserError(
-                    f"schedule: {name!r} is {self.config.estimators[name].type}, but the objective has no gradient; use a schedule of es alone, or give "
-                    f"{name!r} an objective of its own (objectives)"
-                )
-
-
-def _refuse_not_finite(cost: Cost) -> None:
-    if cost.loss is not None and not math.isfinite(cost.loss):
-        raise DivergedError(
-            f"the loss is {cost.loss}; lower the learning rates, or clip gradients with gradient_clipping"
-        )

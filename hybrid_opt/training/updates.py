@@ -14,7 +14,8 @@ from hybrid_opt.engines.contract import Contribution, Engine
 from hybrid_opt.engines.update_rules import Sgd, UpdateRule, build_rule
 from hybrid_opt.estimators.anchor import Anchor
 from hybrid_opt.estimators.contract import Estimate, WeightedSum
-from hybrid_opt.recovery.records import Part
+from hybrid_opt.noise.keys import StepKey
+from hybrid_opt.recovery.records import Part, Record
 from hybrid_opt.scheduling.learning_rate import learning_rate_of
 from hybrid_opt.scheduling.policy import Policy, may_ever_move
 from hybrid_opt.scheduling.turns import Turns
@@ -32,6 +33,24 @@ class Update:
     names: Sequence[str]
     rested: int = 0
     """Steps of a rest that its memory is yet to be told of."""
+
+
+def record_of(step: int, policy: str, updates: Iterable[Update], seed: int) -> Record:
+    """The record of a step in which none but estimators acted that draw noise.
+
+    Args:
+        policy: digest of the phase's policy.
+    """
+    return Record(
+        step,
+        policy,
+        [
+            Part.of(
+                u.estimator, u.estimate, u.weight, u.learning_rate, u.names, StepKey(seed, step, u.estimator), u.rested
+            )
+            for u in updates
+        ],
+    )
 
 
 class Updates:
