@@ -76,7 +76,17 @@ def train(
 
 
 def check(
-    run: RunPath, overrides: Overrides = None, schedule: SchedulePath = None, allow_code: AllowCode = False
+    run: RunPath,
+    overrides: Overrides = None,
+    schedule: SchedulePath = None,
+    gradients: Annotated[
+        bool,
+        typer.Option(
+            "--gradients",
+            help="Load the model too, and look whether all that backprop alone is to move has a gradient.",
+        ),
+    ] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
     with importing():
@@ -98,6 +108,13 @@ def check(
     console = Console()
     for table in tables:
         console.print(table, highlight=False, soft_wrap=not isinstance(table, Table))
+    if gradients:
+        with located(source), importing():
+            quiet()
+            from hybrid_opt.training.gradient_check import gradient_lines
+
+            for line in gradient_lines(config, allow_code=allow_code):
+                console.print(line, highlight=False, soft_wrap=True)
     for key, what in code_of(config):
         console.print(f"{key}: {what} is code; to train with it say --allow-code", highlight=False, soft_wrap=True)
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)

@@ -67,6 +67,9 @@ class Backprop(LearningRate):
     anchor: NonNegativeFloat = 0.0
     """Strength of a pull back to the weights at the start: adds `anchor / 2 |w - w_start|^2` to what is minimised (L2-SP, arXiv
     1802.01483), and keeps a copy of them in main memory."""
+    missing_gradients: Literal["refuse", "ignore"] = "refuse"
+    """What is done about parameters that no estimator without a gradient may move, and whose gradient was zero in two steps: an error, or
+    nothing, as for experts that few batches come by."""
 
     @model_validator(mode="after")
     def _one_split(self):

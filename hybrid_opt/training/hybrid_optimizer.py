@@ -33,6 +33,7 @@ from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
 from hybrid_opt.training.memory_budget import MemoryBudget
+from hybrid_opt.training.missing_gradients import MissingGradients
 from hybrid_opt.training.profiling import Profiler
 from hybrid_opt.training.refusals import (
     refuse_missing_gradient,
@@ -101,6 +102,7 @@ class HybridOptimizer:
         self.memory = None
         if memory_budget is not None:
             self.memory = MemoryBudget(memory_budget, self.config, self.engine, self.ownership, self.estimators)
+        self.missing = MissingGradients(self.config, self.engine, self.policies)
         self.followers = self._followers()
         self.updates = Updates(self.config, self.engine, self.policies, steps)
         self.policy_digests = {phase: digest_of(policy.owners) for phase, policy in self.policies.items()}
@@ -147,6 +149,7 @@ class HybridOptimizer:
             durations[name] = time.perf_counter() - begun
         gradient = next((name for name in plan if self.updates.rules[name] is None), None)
         if gradient is not None:
+            self.missing.look(estimates[gradient], owned[gradient], self.schedule.phase, gradient)
             self.followers.show(estimates[gradient], owned[gradient])
         compared = compared_with(gradient, estimates, owned, self.objectives)
         estimates |= compared
