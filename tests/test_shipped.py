@@ -18,7 +18,7 @@ from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.objectives.checking import check_data
 from hybrid_opt.studies.arms import StudyPlan
 from hybrid_opt.training.progress import Silence
-from tests.conftest import PROSE, ROOT
+from tests.conftest import PROSE, ROOT, run_document
 
 RECIPES = sorted((ROOT / "schedules").glob("*.yaml"))
 
@@ -31,7 +31,11 @@ def test_there_are_enough_recipes_and_each_says_what_it_is_for():
         assert load_schedule(path).description, path
 
 
-NEEDS = {"lora_backprop_base_es": {"peft": {"r": 2, "trains_base": True}}}
+LONG_AND_SHORT = {**run_document(Path())["data"], "max_tokens": 120}
+NEEDS = {
+    "addax": {"data": LONG_AND_SHORT},
+    "lora_backprop_base_es": {"peft": {"r": 2, "trains_base": True}},
+}
 """What recipes ask of the run file."""
 
 

@@ -1,4 +1,4 @@
-"""When a run counts as diverging, and what happens then. Next: `run.py`."""
+"""When a run counts as diverging, and what happens then. Next: `training.py`."""
 
 from typing import Annotated, Literal
 

@@ -14,6 +14,7 @@ from hybrid_opt.config import run as run_models
 from hybrid_opt.config import schedule as schedule_models
 from hybrid_opt.config import study as study_models
 from hybrid_opt.config import tasks as task_models
+from hybrid_opt.config import training as training_models
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.strict import Strict
@@ -151,7 +152,7 @@ def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 
 
 def _field_names() -> list[str]:
-    modules = (run_models, schedule_models, study_models, task_models)
+    modules = (run_models, schedule_models, study_models, task_models, training_models)
     models = [
         m for module in modules for m in vars(module).values() if isinstance(m, type) and issubclass(m, BaseModel)
     ]

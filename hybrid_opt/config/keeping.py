@@ -1,4 +1,4 @@
-"""How much a run keeps of itself as it goes. Next: `run.py`."""
+"""How much a run keeps of itself as it goes. Next: `training.py`."""
 
 from typing import Literal
 

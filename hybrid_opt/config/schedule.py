@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hybrid_opt.config.adaptive import Adaptive
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.estimators import Backprop, Estimator, StaleGradient
 from hybrid_opt.config.guided import FirstMoment, Guided
 from hybrid_opt.config.importance import Importance
@@ -186,7 +187,7 @@ class Phases(Strict):
         return then if then is not None else number + 1 if number + 1 < len(self.phases) else None
 
 
-AnySchedule = Single | Alternate | Blend | Phases | Adaptive
+AnySchedule = Single | Alternate | Blend | Phases | Adaptive | ByLength
 Schedule = Annotated[AnySchedule, Field(discriminator="type")]
 
 
@@ -203,6 +204,8 @@ def acting_names(schedule: AnySchedule) -> list[str]:
             names = [name for phase in schedule.phases for name in acting_names(phase.schedule)]
         case Adaptive():
             names = list(schedule.estimators)
+        case ByLength():
+            names = list(schedule.weights)
     return list(dict.fromkeys(names))
 
 
@@ -240,7 +243,8 @@ class ScheduleFile(Strict):
 
     @model_validator(mode="after")
     def _names_are_defined(self):
-        for name in acting_names(self.schedule):
+        left_out = [self.schedule.long] if isinstance(self.schedule, ByLength) else []
+        for name in acting_names(self.schedule) + left_out:
             self._known(name, "the schedule")
         for number, phase in enumerate(self.phases):
             if phase.until and phase.until.estimator:
@@ -252,6 +256,17 @@ class ScheduleFile(Strict):
             for rule in rules or ():
                 for name in () if rule.use == "frozen" else rule.use:
                     self._known(name, where)
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_set_the_threshold(self):
+        schedule = self.schedule
+        automatic = isinstance(schedule, ByLength) and schedule.length_threshold == "auto"
+        if automatic and not isinstance(self.estimators[schedule.short], Backprop):
+            raise ValueError(
+                f"length_threshold: auto goes by what backprop takes, but short names {schedule.short!r}, which is "
+                f"{self.estimators[schedule.short].type}; write a number of tokens"
+            )
         return self
 
     @model_validator(mode="after")

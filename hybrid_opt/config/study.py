@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
-from hybrid_opt.config.run import Budget, RunFile
+from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
+from hybrid_opt.config.training import Budget
 
 Changes = dict[str, Any]
 """Values by dotted key, as on the command line: `{training.batch_size: 4, schedule: es_only}`."""

@@ -5,6 +5,7 @@ no noise is drawn twice.
 """
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,13 +57,16 @@ def compared_with(
     estimates: Mapping[str, Estimate],
     owned: Mapping[str, Collection[str]],
     objectives: Mapping[str, Objective],
+    batches: Mapping[str, Any],
 ) -> dict[str, Compared]:
-    """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same to minimise the same.
+    """The other estimates of a step in which backprop acts, each compared with the gradient where both move the same to minimise the same
+    on the same examples.
 
     Args:
         gradient: the name of backprop's estimate; None: it does not act.
         owned: parameters that each estimator may move.
         objectives: those that are not the run's.
+        batches: those that are not the step's.
     """
     if gradient is None:
         return {}
@@ -71,5 +75,6 @@ def compared_with(
         for name, estimate in estimates.items()
         if name != gradient
         and objectives.get(name) is objectives.get(gradient)
+        and batches.get(name) is batches.get(gradient)
         and not set(owned[gradient]).isdisjoint(owned[name])
     }

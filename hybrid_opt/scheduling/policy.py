@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.importance import Importance
 from hybrid_opt.config.schedule import Blend, Phases, Rule, Schedule, ScheduleFile, acting_names
@@ -148,7 +149,7 @@ def _refuse_trust_through_the_optimizer(config: ScheduleFile, policies: dict[int
     """Where backprop acts on the same parameters the optimizer makes one update of both, in which nobody's part has a length."""
     for phase, policy in policies.items():
         schedule = config.schedule if phase is None else config.schedule.phases[phase].schedule
-        together = list(schedule.weights) if isinstance(schedule, Blend) else []
+        together = list(schedule.weights) if isinstance(schedule, Blend | ByLength) else []
         fresh = {p for name in together if isinstance(config.estimators[name], Backprop) for p in policy.names(name)}
         for name in together:
             if getattr(config.estimators[name], "trust", None) and not fresh.isdisjoint(policy.names(name)):

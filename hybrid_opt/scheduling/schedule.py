@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from hybrid_opt.config import schedule as config
 from hybrid_opt.config.adaptive import Adaptive
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.scheduling.adaptive import AdaptiveSchedule
 from hybrid_opt.scheduling.signals import Signals, restored
 
@@ -48,7 +49,10 @@ class Schedule(Protocol):
         ...
 
 
-def plan_of(schedule: config.Single | config.Alternate | config.Blend, step: int) -> Plan:
+Fixed = config.Single | config.Alternate | config.Blend | ByLength
+
+
+def plan_of(schedule: Fixed, step: int) -> Plan:
     """The plan of a schedule that depends on the step alone."""
     match schedule:
         case config.Single():
@@ -62,6 +66,8 @@ def plan_of(schedule: config.Single | config.Alternate | config.Blend, step: int
         case config.Blend():
             weights = {name: _weight(w, step) for name, w in schedule.weights.items()}
             return {name: w for name, w in weights.items() if w > 0}
+        case ByLength():
+            return schedule.weights
     raise AssertionError(schedule)
 
 
@@ -72,12 +78,12 @@ def _weight(weight: float | config.Ramp, step: int) -> float:
 
 
 class FixedSchedule:
-    """Single, alternate or blend: decided by the step alone."""
+    """Single, alternate, blend or by_length: decided by the step alone."""
 
     phase: int | None = None
     reason = account = mark = goes_back = None
 
-    def __init__(self, schedule: config.Single | config.Alternate | config.Blend):
+    def __init__(self, schedule: Fixed):
         self.schedule = schedule
 
     def asks(self, signals: Signals) -> bool:

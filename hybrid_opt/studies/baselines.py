@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrid_opt.config import load_schedule
 from hybrid_opt.config.adaptive import Adaptive
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.run import Lora, RunFile
@@ -146,6 +147,8 @@ def _shares(schedule) -> dict[str, float]:
                     )
                 for name, share in _shares(phase.schedule).items():
                     amounts[name] = amounts.get(name, 0.0) + share * phase.steps
+        case ByLength():
+            amounts = dict(schedule.weights)
         case Adaptive():
             raise UserError(
                 "baselines: scheduler_off needs shares that are known before the run, and adaptive finds them in it; drop it from baselines"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from datasets import Dataset
 
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import ZeroEngine
@@ -23,7 +24,8 @@ from hybrid_opt.config.perturbations import LowRankPerturbation
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.rewards import Reward
-from hybrid_opt.config.run import Budget, Model, RunFile
+from hybrid_opt.config.run import Model, RunFile
+from hybrid_opt.config.training import Budget
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -38,6 +40,8 @@ from hybrid_opt.objectives.reward import reward_objective
 from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
+from hybrid_opt.training.length_threshold import fitted, with_threshold
+from hybrid_opt.training.lengths import by_length
 from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
@@ -82,17 +86,19 @@ def build(
         _refuse_to_lose_the_model(run)
     refuse_missing_packages(run.report_to)
     if resume:
+        run = with_threshold(run, folder.read_config())
         refuse_changes(folder.read_config(), run)
     model_config = with_engine_dtype(run)
     splits = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
     objective, data = _objective(run.objective, run.data, tokenizer)
     examples, held_out = _examples(run.data, data, splits, run.training.seed)
-    own = {name: _own(run, name, splits[0], tokenizer) for name in run.objectives}
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     model = load_model(model_config, run.peft, training.seed)
     _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
+    run, notes = _with_settled_lengths(run, model, objective, data, examples, splits[0], tokenizer)
+    own = _own_batches(run, objective, data, examples, splits[0], tokenizer)
     for _, batches in own.values():
         _refuse_what_does_not_fit(model, batches.examples)
     trainer = Trainer(
@@ -124,6 +130,7 @@ def build(
         config=run.model_dump(mode="json", exclude_none=True),
         display=display,
         report_to=run.report_to,
+        notes=notes,
     )
     _refuse_what_vllm_cannot_serve(run, trainer.optimizer)
     return trainer
@@ -152,12 +159,29 @@ def _examples(
     return examples, _encode(data, held_out_rows, config.validation) if held_out_rows is not None else []
 
 
-def _own(run: RunFile, name: str, run_rows: Dataset, tokenizer) -> tuple[Objective, ShuffledBatches]:
-    """What an estimator minimises instead, with its batches; of the run's own data it sees the same training rows.
+def _own_batches(
+    run: RunFile, objective: Objective, data: ExampleData, examples: Sequence[Any], rows: Dataset, tokenizer: Any
+) -> dict[str, tuple[Objective, ShuffledBatches]]:
+    """For estimators that do not see the run's own batches: what they minimise, and their batches.
 
     Args:
-        run_rows: the training rows of the run's own data, before a fraction is set aside.
+        objective, data, examples: the run's own.
+        rows: the training rows of its own data, before a fraction is set aside.
     """
+    schedule, seed = run.schedule.schedule, run.training.seed
+    own = {name: (*_own(run, name, rows, tokenizer),) for name in run.objectives}
+    if isinstance(schedule, ByLength):
+        for name in schedule.weights:
+            aim, kind, some = own.get(name, (objective, data, examples))
+            own[name] = (aim, kind, by_length(schedule, some)[name])
+    return {
+        name: (aim, ShuffledBatches(some, run.batch_size_of(name), kind.collate, seed))
+        for name, (aim, kind, some) in own.items()
+    }
+
+
+def _own(run: RunFile, name: str, run_rows: Dataset, tokenizer: Any) -> tuple[Objective, ExampleData, Sequence[Any]]:
+    """What an estimator minimises instead, with its examples; of the run's own data it sees the same training rows."""
     own = run.objectives[name]
     config = own.data or run.data
     try:
@@ -166,7 +190,21 @@ def _own(run: RunFile, name: str, run_rows: Dataset, tokenizer) -> tuple[Objecti
         examples, _ = _examples(config, data, (rows, None), run.training.seed)  # nobody evaluates it
     except UserError as error:
         raise UserError(f"objectives.{name}: {error}") from None
-    return objective, ShuffledBatches(examples, run.batch_size_of(name), data.collate, run.training.seed)
+    return objective, data, examples
+
+
+def _with_settled_lengths(
+    run: RunFile, model: Any, objective: Objective, data: ExampleData, examples: Sequence[Any], rows: Dataset, tokenizer
+) -> tuple[RunFile, list[str]]:
+    """The run with a number for `length_threshold`, and what is to be said of that."""
+    schedule = run.schedule.schedule
+    if getattr(schedule, "length_threshold", None) != "auto":
+        return run, []
+    aim, kind, some = (
+        _own(run, schedule.short, rows, tokenizer) if schedule.short in run.objectives else (objective, data, examples)
+    )
+    run, words = fitted(run, model, aim, some, kind.collate)
+    return run, [words]
 
 
 def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hybrid_opt.config.run import Budget
+from hybrid_opt.config.training import Budget
 from hybrid_opt.training.dashboard_lines import dashboard_lines
 from hybrid_opt.training.metrics import measures_of
 from hybrid_opt.training.progress import Display, Lines, Silence, evaluation_line, is_told

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
@@ -32,6 +33,7 @@ from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
 from hybrid_opt.scheduling.signals import Signals, restored
+from hybrid_opt.training.lengths import dealt
 from hybrid_opt.training.memory_budget import MemoryBudget
 from hybrid_opt.training.missing_gradients import MissingGradients
 from hybrid_opt.training.profiling import Profiler
@@ -135,6 +137,9 @@ class HybridOptimizer:
         refuse_unknown(batches, self.config, "batches")
         self.fit_memory(batch, batches)
         plan = self.schedule.plan(step, self.signals)
+        if isinstance(by := self.config.schedule, ByLength) and not batches.keys() >= plan.keys():
+            batches = dealt(by, batch)
+            plan = {name: weight for name, weight in plan.items() if name in batches}
         first = next(iter(plan))
         profile = self.profiler.profile(
             self.schedule.phase, step, lambda: self._evaluated(first, batches.get(first, batch))
@@ -151,7 +156,7 @@ class HybridOptimizer:
         if gradient is not None:
             self.missing.look(estimates[gradient], owned[gradient], self.schedule.phase, gradient)
             self.followers.show(estimates[gradient], owned[gradient])
-        compared = compared_with(gradient, estimates, owned, self.objectives)
+        compared = compared_with(gradient, estimates, owned, self.objectives, batches)
         estimates |= compared
         rates = {name: self.rate_factor * rate for name, rate in self.updates.rates(plan, step).items()}
         telling = [name for name in plan if not costs[name].is_empty]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from hybrid_opt.config.run import Budget
+from hybrid_opt.config.training import Budget
 from hybrid_opt.scheduling.signals import Signals
 from hybrid_opt.training.curves import draw_curves
 from hybrid_opt.training.messages import Messages

@@ -11,21 +11,19 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
-from hybrid_opt.engines.contract import Contribution, Engine
+from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.backprop import BackpropEstimator, can_checkpoint
+from hybrid_opt.estimators.backprop import can_checkpoint
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.memory import forget_peak, peak_memory_bytes, release_memory
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples
 from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, block_of, may_ever_move
+from hybrid_opt.training.measured_peak import largest_that_fits, peak_of_backprop
 
 GB = 1e9
 
@@ -75,7 +73,12 @@ class MemoryBudget:
     """
 
     def __init__(
-        self, budget: int, config: ScheduleFile, engine: Engine, ownership: Ownership, estimators: Mapping[str, Any]
+        self,
+        budget: int,
+        config: ScheduleFile,
+        engine: LocalEngine,
+        ownership: Ownership,
+        estimators: Mapping[str, Any],
     ):
         self.budget, self.config, self.engine, self.ownership = budget, config, engine, ownership
         self.estimators = estimators
@@ -85,7 +88,7 @@ class MemoryBudget:
         )
         """Parameters that backprop may ever move, from the input to the output."""
         self.is_chosen = False
-        self.fit: tuple[int, Saving, int] | None = None
+        self.fit: tuple[int, Saving, float] | None = None
         """Blocks, how memory is saved, and the peak that was measured with them; None: nothing takes gradients, or is chosen yet."""
         self.examples: int | None = None
         """In the largest batch of backprop's."""
@@ -126,7 +129,7 @@ class MemoryBudget:
         return self.told
 
     def _fit_backprop(self, objective: Objective, batch: Any, others: int) -> None:
-        def peak(blocks: int, saving: Saving) -> int:
+        def peak(blocks: int, saving: Saving) -> float:
             own = self._backprop_peak(blocks, saving, objective, batch)
             return max(own, others + self._kept_between_steps(blocks))
 
@@ -144,44 +147,21 @@ class MemoryBudget:
                 return
         self._take(blocks, savings[-1], lowest)
 
-    def _most_blocks(self, peak: Callable[[int], int]) -> tuple[int, int]:
-        """The largest number of blocks that fits, and its peak (0: that of one block). Upwards in doubles, so that nothing much larger
-        than the budget is ever tried; then between the last that did and the first that did not."""
-        fits, too_many, known = 0, len(self.blocks) + 1, {}
-        count = 1
-        while fits + 1 < too_many:
+    def _most_blocks(self, peak: Callable[[int], float]) -> tuple[int, float]:
+        """The largest number of blocks that fits, and its peak; 0, and the peak of one block, if that does not."""
+        known: dict[int, float] = {}
+
+        def fits(count: int) -> bool:
             known[count] = peak(count)
-            if known[count] <= self.budget:
-                fits = count
-            else:
-                too_many = count
-            count = min(2 * fits or 1, len(self.blocks)) if too_many > len(self.blocks) else (fits + too_many) // 2
-        return fits, known[fits or 1]
+            return known[count] <= self.budget
 
-    def _backprop_peak(self, blocks: int, saving: Saving, objective: Objective, batch: Any) -> int:
-        """The peak of a step once the optimizer has its state: the second of two, both of which are taken back."""
-        names = self._last(blocks)
-        estimator = BackpropEstimator(saving.applied_to(self.config.estimators[self.name]))
-        key = StepKey(0, 0, self.name)
-        saved = {shard.name: shard.data.to("cpu", copy=True) for shard in self.engine.shards(names)}
-        copies = sum(t.nbytes for t in saved.values()) if self.engine.device.type == "cpu" else 0
-        try:
-            for _ in range(2):
-                release_memory(self.engine.device)
-                forget_peak(self.engine.device)
-                gradient, _ = estimator.estimate(self.engine, objective, batch, names, key)
-                self.engine.apply([Contribution(gradient, 1.0, names, 0.0, None)], step=0)
-                del gradient
-            return peak_memory_bytes(self.engine.device) - copies + self._kept_between_steps(0)
-        except torch.OutOfMemoryError:
-            return 2 * self.budget
-        finally:
-            self._take_back(saved)
+        most = largest_that_fits(len(self.blocks), fits)
+        return most, known[most or 1]
 
-    def _take_back(self, saved: Mapping[str, Tensor]) -> None:
-        self.engine.write(saved)
-        self.engine.after_rest("reset", 0)
-        release_memory(self.engine.device)
+    def _backprop_peak(self, blocks: int, saving: Saving, objective: Objective, batch: Any) -> float:
+        """The peak of a step, with what others keep between steps."""
+        config = saving.applied_to(self.config.estimators[self.name])
+        return peak_of_backprop(self.engine, config, self._last(blocks), objective, batch) + self._kept_between_steps(0)
 
     def _others_peak(self, name: str, objective: Objective, batch: Any) -> int:
         """The peak of another estimator's estimate, before anybody keeps anything between steps."""
@@ -254,7 +234,7 @@ class MemoryBudget:
 
     # ------------------------------------------------------------ pieces
 
-    def _take(self, blocks: int, saving: Saving, peak: int) -> None:
+    def _take(self, blocks: int, saving: Saving, peak: float) -> None:
         self.fit = (blocks, saving, peak)
         self.ownership.limit(self.name, self._last(blocks))
         self.estimators[self.name].config = saving.applied_to(self.config.estimators[self.name])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybrid_opt.config.run import Budget
+from hybrid_opt.config.training import Budget
 from hybrid_opt.training.goal import goal_of
 from hybrid_opt.training.summary import Share
 

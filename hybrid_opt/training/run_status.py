@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hybrid_opt.config.run import Budget
+from hybrid_opt.config.training import Budget
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import base_of, checkpoints, step_of
 from hybrid_opt.training import messages

@@ -14,8 +14,8 @@ from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
-from hybrid_opt.config.run import Budget
 from hybrid_opt.config.schedule import ScheduleFile
+from hybrid_opt.config.training import Budget
 from hybrid_opt.errors import UserError
 from hybrid_opt.memory import forget_peak, free_memory_bytes, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
@@ -70,6 +70,7 @@ class Trainer:
         config: resolved configuration to keep in the run folder.
         display: what shows the progress; None: as `display_for` chooses.
         report_to: experiment trackers to report to as well, by transformers' names for them: `tensorboard`, `[tensorboard, wandb]`.
+        notes: lines to be said, and kept, at the start.
 
     Raises:
         UserError: see `HybridOptimizer` and `RunFolder.check`.
@@ -105,6 +106,7 @@ class Trainer:
         config: dict[str, Any] | None = None,
         display: Display | None = None,
         report_to: str | Sequence[str] = "none",
+        notes: Sequence[str] = (),
     ):
         if steps is None and budget is None:
             raise UserError(
@@ -125,7 +127,7 @@ class Trainer:
             model,
             objective,
             schedule=schedule,
-            objectives={name: objective for name, (objective, _) in own.items()},
+            objectives={name: other for name, (other, _) in own.items() if other is not objective},
             steps=steps,
             seed=seed,
             engine=engine,
@@ -142,7 +144,7 @@ class Trainer:
         self.update_norms = UpdateNorms(self.optimizer.engine)
         self.validation = validation
         self.validation_along = validation if validation_along is None else validation_along
-        self.resume, self.tokenizer, self.config = resume, tokenizer, config
+        self.resume, self.tokenizer, self.config, self.notes = resume, tokenizer, config, notes
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         if self.folder and not self.ranks.rank and reporters(report_to):
             shown = hyperparameters(config, self.optimizer, steps)
@@ -190,6 +192,8 @@ class Trainer:
         """What the display sees of the run."""
         try:
             self.journal.start(self.optimizer.signals.step, self.steps)
+            for note in self.notes:
+                self.journal.say(note)
             if not self.resume:
                 self._measure_before()
                 self._fit_memory()

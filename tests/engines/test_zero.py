@@ -534,6 +534,13 @@ def test_layers_change_hands_by_their_sensitivity(results):
     assert "policy.0.layers.by: gradient_norm needs gradients outside of a step" in found["refused"]
 
 
+def test_examples_are_dealt_out_by_their_length(results):
+    found = results(2, "by_length")
+    assert largest(found, "losses") < ROUNDING
+    assert largest(found, "weights") < ROUNDING
+    assert found["moved"] > 1000 * ROUNDING
+
+
 def test_a_phase_may_leave_backprop_nothing(results):
     found = results(2, "nothing_owned_by_backprop")
     assert largest(found, "losses") < ROUNDING

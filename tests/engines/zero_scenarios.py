@@ -1297,6 +1297,19 @@ def layers_by_sensitivity(folder):
     return result
 
 
+@scenario(2)
+def by_length(folder):
+    """Long examples to ES and short ones to backprop: both, one kind alone, and fewer short ones than ranks."""
+    lengths = [(3, 9, 4, 8), (9, 8), (3, 4, 5), (9, 4, 8)]
+
+    def batch(step: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return left_padded([torch.randint(3, 64, (n,), generator=generator).tolist() for n in lengths[step]], 0)
+
+    by = {"type": "by_length", "long": "es", "short": "backprop", "length_threshold": 6, "alpha": 0.3}
+    return at_all_stages(schedule_file(by, backprop=SGD), batch=batch)
+
+
 # ------------------------------------------------------------ running them
 
 

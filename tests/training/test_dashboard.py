@@ -16,7 +16,7 @@ import time
 import pytest
 from rich.console import Console
 
-from hybrid_opt.config.run import Budget
+from hybrid_opt.config.training import Budget
 from hybrid_opt.training.dashboard import Dashboard, display_for
 from hybrid_opt.training.dashboard_lines import dashboard_lines, duration, short
 from hybrid_opt.training.progress import Lines, Silence

@@ -9,7 +9,7 @@ from torch import nn
 
 from hybrid_opt import Trainer, UserError, load_run
 from hybrid_opt.config.divergence import Divergence
-from hybrid_opt.config.run import Training
+from hybrid_opt.config.training import Training
 from hybrid_opt.errors import DivergedError
 from hybrid_opt.reports.writing import read_report
 from hybrid_opt.training.divergence import Watch
