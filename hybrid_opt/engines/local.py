@@ -21,7 +21,7 @@ from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.engines.torch_optimizer import after_rest, build_optimizer, first_moment_key
 from hybrid_opt.engines.update_rules import Treatment
 from hybrid_opt.errors import UserError
-from hybrid_opt.estimators.contract import WeightedSum
+from hybrid_opt.estimators.contract import Estimate, WeightedSum
 from hybrid_opt.estimators.modes import requiring_grad
 
 
@@ -193,7 +193,7 @@ class LocalEngine:
     ) -> None:
         for shard in self.shards(owned):
             terms = [(c.weight, c.estimate) for c in contributions if shard.name in c.names]
-            self.masters[shard.name].grad = WeightedSum(terms).read(shard).view(shard.shape).to(shard.data.dtype)
+            self.masters[shard.name].grad = _summed(terms, shard).view(shard.shape).to(shard.data.dtype)
         masters = {name: self.masters[name] for name in self._ordered(owned)}
         if self.gradient_clipping is not None:
             nn.utils.clip_grad_norm_(masters.values(), self.gradient_clipping)
@@ -248,6 +248,12 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         problem = str(error).splitlines()[0]
         raise UserError(f"engine.device: {name!r} cannot be used: {problem}; write auto or cpu") from None
+
+
+def _summed(terms: Sequence[tuple[float, Estimate]], shard: Shard) -> Tensor:
+    """The sum's slice, float32. Of a gradient by itself no copy is made: clipping may change it, but nobody reads it after the step."""
+    alone = len(terms) == 1 and terms[0][0] == 1.0 and isinstance(terms[0][1], Gradients)
+    return terms[0][1].read(shard) if alone else WeightedSum(terms).read(shard)
 
 
 @contextmanager
