@@ -54,7 +54,7 @@ class BackpropEstimator:
         with (
             training_mode(engine.model, True),
             _seeded(key, engine.ranks.rank, engine.device),
-            _checkpointing(engine.model, self.config.gradient_checkpointing),
+            checkpointing(engine.model, self.config.gradient_checkpointing),
         ):
             gradient, loss = engine.gradients(self._losses(engine, objective, batch), names)
         recomputes = self.config.gradient_checkpointing or _is_checkpointing(engine.model)
@@ -115,13 +115,19 @@ def _seeded(key: Key, rank: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+def checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Inside, backward passes recompute activations, if that is wanted."""
     if not wanted or _is_checkpointing(model):
         yield
         return
     name = _checkpointing_name(model)
     enable, disable = getattr(model, f"{name}_checkpointing_enable"), getattr(model, f"{name}_checkpointing_disable")
+    has_hooks = bool(getattr(model, "_require_grads_hooks", None))
     enable(**{f"{name}_checkpointing_kwargs": {"use_reentrant": False}})
+    if not has_hooks and hasattr(model, "disable_input_require_grads"):
+        # transformers lets the embeddings' output require a gradient, which only reentrant checkpointing needs: all layers below the lowest
+        # that backprop owns would be gone through for nothing, and in later steps without checkpointing too.
+        model.disable_input_require_grads()
     try:
         yield
     finally:

@@ -138,15 +138,19 @@ def architecture(config: Model) -> PretrainedConfig:
         raise UserError(f"model.config: {' '.join(str(error).split())}") from None
 
 
-def untrained(config: Model) -> PreTrainedModel:
+def untrained(config: Model, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model's modules with random weights (on the device `meta`: with none).
+
+    Args:
+        dtype: of the weights; None: as the architecture's configuration says.
 
     Raises:
         UserError: see `architecture`; or its settings make no model, such as a negative size.
     """
     settings = architecture(config)
     try:
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        options = {} if dtype is None else {"dtype": dtype}
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:  # of torch's layers, and of whatever the architecture works out from its settings
         key = "model.config" if config.config is not None else "model.name"
         raise UserError(f"{key}: no model can be made of these settings: {' '.join(str(error).split())}") from None

@@ -6,7 +6,7 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.backprop import BackpropEstimator
-from hybrid_opt.noise.keys import Key
+from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
 from tests.conftest import tiny_model, token_batch, token_losses
 
@@ -136,3 +136,17 @@ def test_checkpointing_needs_a_model_that_can():
     estimator = BackpropEstimator(Backprop(type="backprop", learning_rate=1.0, gradient_checkpointing=True))
     with pytest.raises(UserError, match="Linear has no gradient_checkpointing_enable"):
         estimator.check(LocalEngine(nn.Linear(2, 1)), ["weight"])
+
+
+def test_checkpointing_does_not_go_through_layers_that_backprop_does_not_own():
+    """transformers would let the embeddings' output require a gradient, and leave it so."""
+    model, seen = tiny_model(num_hidden_layers=3), []
+    model.model.layers[0].register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    engine = LocalEngine(model)
+    last = [name for name in engine.parameters if ".2." in name]
+    for checkpointing in (True, False):
+        config = Backprop(type="backprop", learning_rate=1, gradient_checkpointing=checkpointing)
+        BackpropEstimator(config).estimate(
+            engine, FunctionObjective(token_losses), token_batch(), last, StepKey(0, 0, "backprop")
+        )
+    assert seen == [False, False]

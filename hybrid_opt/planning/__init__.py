@@ -1,0 +1,1 @@
+"""What a run will take, before anything of it is loaded: memory, computing, exchange and time. Start with `prediction.py`."""
