@@ -1,4 +1,4 @@
-"""From a validated run file to a Trainer with model, data and objective. Next: `trainer.py`.
+"""From a validated run file to a Trainer with model, data and objective. Next: `run_data.py`, `trainer.py`.
 
 One idea: what is cheap to find wrong is found first, and nothing is written before everything is known to fit.
 """
@@ -6,19 +6,16 @@ One idea: what is cheap to find wrong is found first, and nothing is written bef
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasets import Dataset
 
-from hybrid_opt.config.by_length import ByLength
-from hybrid_opt.config.data import Data
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.foreign_code import code_of, refuse_code
 from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.loading import flat
-from hybrid_opt.config.objectives import CausalLm, Choice, Function
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
 from hybrid_opt.config.perturbations import LowRankPerturbation
 from hybrid_opt.config.probing import Probing
@@ -31,32 +28,17 @@ from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model, load_tokenizer
-from hybrid_opt.objectives.batches import ShuffledBatches, hold_out
-from hybrid_opt.objectives.causal_lm import CausalLmData, CausalLmObjective
-from hybrid_opt.objectives.choice import ChoiceData
-from hybrid_opt.objectives.contract import FunctionObjective, Objective, import_function
+from hybrid_opt.objectives.batches import ShuffledBatches
+from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.objectives.data import load_splits
-from hybrid_opt.objectives.reward import reward_objective
 from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.length_threshold import fitted, with_threshold
-from hybrid_opt.training.lengths import by_length
 from hybrid_opt.training.progress import Display
+from hybrid_opt.training.run_data import ExampleData, examples_of, objective_of, own_batches, own_data
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
-
-
-class ExampleData(Protocol):
-    """Turns rows into examples, and examples into batches for an objective."""
-
-    def encode(self, rows: Dataset) -> Sequence[Any]:
-        """Examples from rows."""
-        ...
-
-    def collate(self, examples: Sequence[Any]) -> Any:
-        """A batch from examples."""
-        ...
 
 
 def build(
@@ -91,14 +73,14 @@ def build(
     model_config = with_engine_dtype(run)
     splits = load_splits(run.data)
     tokenizer = load_tokenizer(run.model)
-    objective, data = _objective(run.objective, run.data, tokenizer)
-    examples, held_out = _examples(run.data, data, splits, run.training.seed)
+    objective, data = objective_of(run.objective, run.data, tokenizer)
+    examples, held_out = examples_of(run.data, data, splits, run.training.seed)
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     model = load_model(model_config, run.peft, training.seed)
     _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
     run, notes = _with_settled_lengths(run, model, objective, data, examples, splits[0], tokenizer)
-    own = _own_batches(run, objective, data, examples, splits[0], tokenizer)
+    own = own_batches(run, objective, data, examples, splits[0], tokenizer)
     for _, batches in own.values():
         _refuse_what_does_not_fit(model, batches.examples)
     trainer = Trainer(
@@ -148,51 +130,6 @@ def with_engine_dtype(run: RunFile) -> Model:
     return run.model.model_copy(update={"dtype": dtype})
 
 
-def _examples(
-    config: Data, data: ExampleData, splits: tuple[Dataset, Dataset | None], seed: int
-) -> tuple[Sequence[Any], Sequence[Any]]:
-    """Examples to train on, and held-out ones, from the rows of both."""
-    rows, held_out_rows = splits
-    examples = _encode(data, rows, config.train)
-    if isinstance(config.validation, float):
-        return hold_out(examples, config.validation, seed, at_end=config.text is not None)
-    return examples, _encode(data, held_out_rows, config.validation) if held_out_rows is not None else []
-
-
-def _own_batches(
-    run: RunFile, objective: Objective, data: ExampleData, examples: Sequence[Any], rows: Dataset, tokenizer: Any
-) -> dict[str, tuple[Objective, ShuffledBatches]]:
-    """For estimators that do not see the run's own batches: what they minimise, and their batches.
-
-    Args:
-        objective, data, examples: the run's own.
-        rows: the training rows of its own data, before a fraction is set aside.
-    """
-    schedule, seed = run.schedule.schedule, run.training.seed
-    own = {name: (*_own(run, name, rows, tokenizer),) for name in run.objectives}
-    if isinstance(schedule, ByLength):
-        for name in schedule.weights:
-            aim, kind, some = own.get(name, (objective, data, examples))
-            own[name] = (aim, kind, by_length(schedule, some)[name])
-    return {
-        name: (aim, ShuffledBatches(some, run.batch_size_of(name), kind.collate, seed))
-        for name, (aim, kind, some) in own.items()
-    }
-
-
-def _own(run: RunFile, name: str, run_rows: Dataset, tokenizer: Any) -> tuple[Objective, ExampleData, Sequence[Any]]:
-    """What an estimator minimises instead, with its examples; of the run's own data it sees the same training rows."""
-    own = run.objectives[name]
-    config = own.data or run.data
-    try:
-        objective, data = _objective(own.objective, config, tokenizer)
-        rows = load_splits(own.data)[0] if own.data else run_rows
-        examples, _ = _examples(config, data, (rows, None), run.training.seed)  # nobody evaluates it
-    except UserError as error:
-        raise UserError(f"objectives.{name}: {error}") from None
-    return objective, data, examples
-
-
 def _with_settled_lengths(
     run: RunFile, model: Any, objective: Objective, data: ExampleData, examples: Sequence[Any], rows: Dataset, tokenizer
 ) -> tuple[RunFile, list[str]]:
@@ -201,17 +138,12 @@ def _with_settled_lengths(
     if getattr(schedule, "length_threshold", None) != "auto":
         return run, []
     aim, kind, some = (
-        _own(run, schedule.short, rows, tokenizer) if schedule.short in run.objectives else (objective, data, examples)
+        own_data(run, schedule.short, rows, tokenizer)
+        if schedule.short in run.objectives
+        else (objective, data, examples)
     )
     run, words = fitted(run, model, aim, some, kind.collate)
     return run, [words]
-
-
-def _encode(data: ExampleData, rows: Dataset, source: str) -> Sequence[Any]:
-    try:
-        return data.encode(rows)
-    except UserError as error:
-        raise UserError(f"{error} (in {source})") from None
 
 
 def _refuse_to_lose_the_model(run: RunFile) -> None:
@@ -290,20 +222,6 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[st
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             yield key, before.get(key), after.get(key)
-
-
-def _objective(objective: ObjectiveConfig, config: Data, tokenizer) -> tuple[Objective, ExampleData]:
-    match objective:
-        case Choice():
-            data = ChoiceData(config, tokenizer)
-            return data.objective, data
-        case Function():
-            function = import_function(objective.function)
-            return FunctionObjective(function, objective.differentiable), CausalLmData(config, tokenizer)
-        case Reward():
-            return reward_objective(objective, config, tokenizer)
-        case CausalLm():
-            return CausalLmObjective(), CausalLmData(config, tokenizer)
 
 
 def _most_new_tokens(objective: ObjectiveConfig) -> int:
