@@ -1,5 +1,5 @@
 """The command line: train | check | plan | status | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
-`watching.py`, `recovering.py`, `studies.py`, `measuring.py`, and `arguments.py`, `starting.py` that all share; then `../config/loading.py`, `../training/build.py`.
+`planning.py`, `watching.py`, `recovering.py`, `studies.py`, `measuring.py`, and `arguments.py`, `starting.py` that all share; then `../config/loading.py`, `../training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -12,9 +12,10 @@ import typer
 
 from hybrid_opt.cli.arguments import rank
 from hybrid_opt.cli.measuring import bench, verify
+from hybrid_opt.cli.planning import plan
 from hybrid_opt.cli.recovering import export, replay
 from hybrid_opt.cli.resuming import complete_resume
-from hybrid_opt.cli.runs import check, plan, schema, train
+from hybrid_opt.cli.runs import check, schema, train
 from hybrid_opt.cli.studies import ablate, report
 from hybrid_opt.cli.watching import status
 from hybrid_opt.errors import UserError, error_line

@@ -1,4 +1,4 @@
-"""Commands for one run: train | check | plan | schema. Next: `studies.py`."""
+"""Commands for one run: train | check | schema. Next: `planning.py`, `studies.py`."""
 
 import json
 import sys
@@ -13,8 +13,6 @@ from hybrid_opt.errors import UserError
 
 PLAIN = {"highlight": False, "soft_wrap": True, "markup": False}
 """For lines that are to be copied."""
-LONGEST_PLAN = 100_000
-"""Steps; a second or two."""
 
 
 def train(
@@ -118,36 +116,6 @@ def check(
     for key, what in code_of(config):
         console.print(f"{key}: {what} is code; to train with it say --allow-code", highlight=False, soft_wrap=True)
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)
-
-
-def plan(
-    run: RunPath,
-    overrides: Overrides = None,
-    schedule: SchedulePath = None,
-    steps: Annotated[Optional[int], typer.Option("--steps", min=1, help="Steps to show; left out: all.")] = None,
-    allow_code: AllowCode = False,
-) -> None:
-    """Show which estimators act when and what each costs, without loading the model."""
-    from rich.console import Console
-
-    from hybrid_opt.checking import cost_table, timeline
-    from hybrid_opt.config import located
-    from hybrid_opt.config.foreign_code import code_of_model, refuse_code
-
-    config, source = load(run, overrides, schedule)
-    with located(source):
-        refuse_code(code_of_model(config.model), allow_code)
-    if (steps := steps or config.training.steps) is None:
-        raise UserError(f"{run}: training.steps: its budget decides how many steps there will be; say --steps 40")
-    if steps > LONGEST_PLAN:
-        raise UserError(
-            f"{run}: training.steps: {steps:,} steps are too many to look at one by one; say --steps {LONGEST_PLAN}"
-        )
-    console = Console()
-    for line in timeline(config, steps):
-        console.print(line, highlight=False)
-    with located(source):
-        console.print(cost_table(config), highlight=False)
 
 
 def schema(

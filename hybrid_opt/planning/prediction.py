@@ -136,8 +136,8 @@ class Predictor:
         movable = set().union(*self.owned.values())
         owned = self.owned.get(self.backprop, frozenset()) if self.stage else frozenset()
         narrow = self.width < FLOAT32 and self.run.engine.master_weights == "fp32"
-        direct = FLOAT32 * self._values(movable - owned) * narrow
-        return FLOAT32 * self._values(owned) // self.ranks + direct // (self.ranks if self.stage == 3 else 1)
+        direct = FLOAT32 * self.values_of(movable - owned) * narrow
+        return FLOAT32 * self.values_of(owned) // self.ranks + direct // (self.ranks if self.stage == 3 else 1)
 
     def _kept_by(self, name: str) -> dict[str, int]:
         """What an estimator keeps between steps; under ZeRO its parts are spread where its weights are."""
@@ -177,7 +177,7 @@ class Predictor:
         gradients, activations = self.model.backprop_bytes(
             config, batch.objective, batch.values, min(part, examples), owned
         )
-        values = self._values(owned)
+        values = self.values_of(owned)
         if self.stage:
             buckets = min(BUCKET, values) * self.width
             gradients = gradients // (self.ranks if self.stage >= 2 else 1) + buckets
@@ -200,7 +200,8 @@ class Predictor:
         most = max(1, config.forwards // self.ranks)
         return min(in_a_pass, efficient if config.members_per_forward == "auto" else in_a_pass) * min(members, most)
 
-    def _values(self, names: Collection[str]) -> int:
+    def values_of(self, names: Collection[str]) -> int:
+        """How many values parameters have."""
         return sum(math.prod(self.shapes[name]) for name in names)
 
     def _largest(self, names: Collection[str]) -> int:

@@ -1,0 +1,112 @@
+"""All that `hybrid-opt plan` predicts of a run. Next: `prediction.py`, `traffic.py`, `tables.py`."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hybrid_opt.config.foreign_code import code_of
+from hybrid_opt.config.run import RunFile
+from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
+from hybrid_opt.planning.batches import largest_batches
+from hybrid_opt.planning.calibration import Measured, calibrated
+from hybrid_opt.planning.prediction import Prediction, Predictor
+from hybrid_opt.planning.step_memory import PretendedModel
+from hybrid_opt.planning.tables import document, memory_tables, notes, shown, totals_table
+from hybrid_opt.planning.traffic import Totals, totals_of
+
+
+def planned(
+    run: RunFile,
+    steps: int,
+    world_size: int,
+    *,
+    calibrate: bool,
+    allow_code: bool,
+    write: Callable[[dict[str, Any]], None],
+) -> Iterator[Table | Text]:
+    """Tables of memory by phase and of totals, and what was measured if that is asked for.
+
+    Args:
+        steps: of the run.
+        world_size: processes; counts under ZeRO.
+        write: takes all numbers in plain values.
+    """
+    if not allow_code and any(key.startswith("objective") for key, _ in code_of(run)):
+        yield Text("memory: not predicted, because the objective is code; look at it, and say --allow-code")
+        return
+    ranks = world_size if run.engine.type == "zero" else 1
+    dtype = (
+        run.model.dtype
+        if run.engine.type == "local"
+        else DeepSpeedSettings(run.engine).dtype(run.model.dtype, given=False)
+    )
+    device = _device(run)
+    model, batches = PretendedModel(run.model, run.peft, dtype), largest_batches(run)
+    predictor = Predictor(run, model, batches, world_size=ranks, device=device)
+    predictions = predictor.phases()
+    yield from memory_tables(predictions, ranks)
+    totals = totals_of(
+        run,
+        steps,
+        tokens={name: _tokens(batch.values) for name, batch in batches.items()},
+        owned={name: predictor.values_of(names) for name, names in predictor.owned.items()},
+        weights=model.weight_bytes // predictor.width,
+        width=predictor.width,
+        world_size=ranks,
+    )
+    yield totals_table(totals, ranks)
+    yield from notes((name for name in predictor.names if name not in batches), device)
+    found = document(predictions, totals)
+    if calibrate:
+        measured = calibrated(run, allow_code=allow_code)
+        found["measured"] = {name: {"seconds": m.seconds, "peak_bytes": m.peak} for name, m in measured.items()}
+        yield from _measured(measured, predictions, totals)
+    write(found)
+
+
+def _measured(
+    measured: dict[str, Measured], predictions: list[Prediction], totals: dict[str, Totals]
+) -> Iterator[Table | Text]:
+    table = Table(
+        "estimator",
+        "seconds a step",
+        "steps",
+        "time",
+        "peak alone, measured",
+        title="calibration",
+        title_justify="left",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    whole = 0.0
+    for name, found in measured.items():
+        steps = totals[name].steps if name in totals else 0
+        whole += found.seconds * steps
+        table.add_row(name, f"{found.seconds:.3g}", f"{steps:,}", _duration(found.seconds * steps), shown(found.peak))
+    yield table
+    yield Text(f"steps of the run: about {_duration(whole)}; evaluations, probes and checkpoints come on top")
+    largest = max((m.peak for m in measured.values()), default=0)
+    yield Text(
+        f"largest peak: measured {shown(largest)}, predicted {shown(max(p.peak for p in predictions))}, if all keep what they keep"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _device(run: RunFile) -> str:
+    import torch
+
+    wanted = getattr(run.engine, "device", "auto")
+    return "cuda" if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
+
+
+def _tokens(batch: Any) -> int:
+    from hybrid_opt.objectives.contract import count_tokens
+
+    return count_tokens(batch)
