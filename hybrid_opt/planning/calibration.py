@@ -9,9 +9,10 @@ from statistics import median
 
 import torch
 
+from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.run import RunFile
-from hybrid_opt.config.schedule import Single, acting_names
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes, release_memory
+from hybrid_opt.config.schedule import Blend, Schedule, Single, acting_names
+from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes, release_memory, return_freed_memory
 from hybrid_opt.training.build import build
 from hybrid_opt.training.progress import Silence
 
@@ -20,7 +21,7 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one estimator."""
+    """Of an estimator, or of all that act in the same steps."""
 
     seconds: float
     """Median of the steps after the first."""
@@ -28,31 +29,40 @@ class Measured:
     """Bytes, on CUDA of what torch allocates, elsewhere of the process, beyond those before the model was loaded."""
 
 
-def calibrated(run: RunFile, *, allow_code: bool = False) -> dict[str, Measured]:
-    """Seconds and peaks of the estimators that act, each alone under the policy of the first phase in which it does.
+def alone(run: RunFile) -> dict[str, RunFile]:
+    """For each estimator that acts and evaluates the run with it alone, under the file's policy; and the run itself where several act in the
+    same steps (by their names, joined by +)."""
+    schedule = run.schedule.schedule
+    names = [name for name in acting_names(schedule) if run.schedule.estimators[name].forwards_a_step]
+    runs = {name: _with(run, Single(type="single", estimator=name)) for name in names}
+    if isinstance(schedule, Blend | ByLength) and len(names) > 1:
+        runs["+".join(names)] = _with(run, schedule)
+    return runs
+
+
+def _with(run: RunFile, schedule: Schedule) -> RunFile:
+    training = run.training.model_copy(update={"divergence": None, "memory_budget": None})
+    file = run.schedule.model_copy(update={"schedule": schedule})
+    return run.model_copy(update={"schedule": file, "training": training, "report_to": "none"})
+
+
+def measured(run: RunFile, *, allow_code: bool = False) -> Measured:
+    """Seconds and peak of a run's first steps.
 
     Raises:
         UserError: anything that `build` or a step refuses.
     """
-    return {
-        name: _measured(run, name, allow_code)
-        for name in acting_names(run.schedule.schedule)
-        if run.schedule.estimators[name].forwards_a_step
-    }
-
-
-def _measured(run: RunFile, name: str, allow_code: bool) -> Measured:
-    training = run.training.model_copy(update={"divergence": None})
-    alone = run.schedule.model_copy(update={"schedule": Single(type="single", estimator=name)})
+    return_freed_memory()
+    before = present_memory_bytes(torch.device("cpu")) or 0
     with tempfile.TemporaryDirectory() as folder:
-        output = {"output": f"{folder}/none", "schedule": alone, "training": training, "report_to": "none"}
-        before = present_memory_bytes(torch.device("cpu")) or 0
-        trainer = build(run.model_copy(update=output), allow_code=allow_code, display=Silence())
+        trainer = build(run.model_copy(update={"output": f"{folder}/none"}), allow_code=allow_code, display=Silence())
     optimizer, device = trainer.optimizer, trainer.optimizer.engine.device
-    batches = trainer.own_batches.get(name, trainer.batches)
     release_memory(device)
     forget_peak(device)
-    seconds = [optimizer.step(batches.batch_at(step)).seconds for step in range(STEPS)]
+    seconds = []
+    for step in range(STEPS):
+        own = {name: batches.batch_at(step) for name, batches in trainer.own_batches.items()}
+        seconds.append(optimizer.step(trainer.batches.batch_at(step), own).seconds)
     peak = peak_memory_bytes(device) - (before if device.type == "cpu" else 0)
     del trainer, optimizer
     release_memory(device)

@@ -167,7 +167,8 @@ class Predictor:
             held,
             {
                 "activations": self.model.forward_bytes(batch.objective, batch.values, passes, examples),
-                "update": UPDATE_COPIES * FLOAT32 * self._largest(owned),
+                # SGD adds noise to the weights as it is drawn; other rules need the whole of a parameter's estimate first.
+                "update": 0 if config.update.type == "sgd" else UPDATE_COPIES * FLOAT32 * self._largest(owned),
             },
         )
 

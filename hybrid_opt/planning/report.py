@@ -1,6 +1,7 @@
 """All that `hybrid-opt plan` predicts of a run. Next: `prediction.py`, `traffic.py`, `tables.py`."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -10,8 +11,8 @@ from hybrid_opt.config.foreign_code import code_of
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.planning.batches import largest_batches
-from hybrid_opt.planning.calibration import Measured, calibrated
-from hybrid_opt.planning.prediction import Prediction, Predictor
+from hybrid_opt.planning.calibration import Measured, alone, measured
+from hybrid_opt.planning.prediction import Predictor
 from hybrid_opt.planning.step_memory import PretendedModel
 from hybrid_opt.planning.tables import document, memory_tables, notes, shown, totals_table
 from hybrid_opt.planning.traffic import Totals, totals_of
@@ -60,37 +61,39 @@ def planned(
     yield from notes((name for name in predictor.names if name not in batches), device)
     found = document(predictions, totals)
     if calibrate:
-        measured = calibrated(run, allow_code=allow_code)
-        found["measured"] = {name: {"seconds": m.seconds, "peak_bytes": m.peak} for name, m in measured.items()}
-        yield from _measured(measured, predictions, totals)
+        rows = {}
+        for who, one in alone(run).items():
+            phase = Predictor(one, model, batches, world_size=ranks, device=device).phases()[0]
+            rows[who] = (phase.peak, measured(one, allow_code=allow_code))
+        found["calibration"] = {who: {"predicted_bytes": p, **asdict(m)} for who, (p, m) in rows.items()}
+        yield from _calibration(rows, totals)
     write(found)
 
 
-def _measured(
-    measured: dict[str, Measured], predictions: list[Prediction], totals: dict[str, Totals]
-) -> Iterator[Table | Text]:
+def _calibration(rows: dict[str, tuple[int, Measured]], totals: dict[str, Totals]) -> Iterator[Table | Text]:
     table = Table(
-        "estimator",
+        "who acts",
         "seconds a step",
         "steps",
         "time",
-        "peak alone, measured",
-        title="calibration",
+        "peak predicted",
+        "measured",
+        "ratio",
+        title="alone, and together",
         title_justify="left",
     )
     for column in table.columns[1:]:
         column.justify = "right"
+    together = next((who for who in rows if "+" in who), None)
     whole = 0.0
-    for name, found in measured.items():
-        steps = totals[name].steps if name in totals else 0
-        whole += found.seconds * steps
-        table.add_row(name, f"{found.seconds:.3g}", f"{steps:,}", _duration(found.seconds * steps), shown(found.peak))
+    for who, (peak, found) in rows.items():
+        steps = max((total.steps for name, total in totals.items() if name in who.split("+")), default=0)
+        counts = together is None or who == together
+        whole += found.seconds * steps * counts
+        times = (f"{steps:,}", _duration(found.seconds * steps)) if counts else ("", "")
+        table.add_row(who, f"{found.seconds:.3g}", *times, shown(peak), shown(found.peak), f"{peak / found.peak:.2f}")
     yield table
     yield Text(f"steps of the run: about {_duration(whole)}; evaluations, probes and checkpoints come on top")
-    largest = max((m.peak for m in measured.values()), default=0)
-    yield Text(
-        f"largest peak: measured {shown(largest)}, predicted {shown(max(p.peak for p in predictions))}, if all keep what they keep"
-    )
 
 
 def _duration(seconds: float) -> str:

@@ -29,8 +29,9 @@ class PretendedModel:
 
     def __init__(self, model: Model, lora: Lora | None, dtype: str):
         self.mode = FakeTensorMode()
-        with self.mode:
+        with torch.device("meta"):
             self.module: nn.Module = with_adapters(untrained(model, getattr(torch, dtype)), lora)
+        self._pretend()
         self.movable = [name for name, p in self.module.named_parameters() if p.requires_grad]
 
     @property
@@ -74,6 +75,20 @@ class PretendedModel:
         with torch.no_grad(), self._counted() as live:
             objective.losses(self.module, part)
         return live.peak
+
+    def _pretend(self) -> None:
+        """Put fake tensors of main memory in the place of those without any; tied ones stay tied."""
+        made: dict[int, Tensor] = {}
+        for module in self.module.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        if id(tensor) not in made:
+                            with self.mode:
+                                made[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                            if isinstance(tensor, nn.Parameter):
+                                made[id(tensor)] = nn.Parameter(made[id(tensor)], requires_grad=tensor.requires_grad)
+                        tensors[name] = made[id(tensor)]
 
     def _pretended(self, batch: Any) -> Any:
         return map_tensors(self.mode.from_tensor, batch)

@@ -12,6 +12,7 @@ from torch import nn
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import Single
 from hybrid_opt.errors import UserError
+from hybrid_opt.memory import return_freed_memory
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.lengths import length_of
@@ -46,6 +47,7 @@ def fitted(
     Raises:
         UserError: not even the shortest examples fit.
     """
+    return_freed_memory()
     schedule, budget = run.schedule.schedule, run.training.memory_budget
     alone = run.schedule.model_copy(update={"schedule": Single(type="single", estimator=schedule.short)})
     optimizer = HybridOptimizer(model, objective, schedule=alone, engine=run.engine)

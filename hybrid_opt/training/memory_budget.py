@@ -18,7 +18,7 @@ from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.backprop import can_checkpoint
 from hybrid_opt.estimators.build import build_estimator
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, release_memory
+from hybrid_opt.memory import forget_peak, peak_memory_bytes, release_memory, return_freed_memory
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples
 from hybrid_opt.scheduling.ownership import Ownership
@@ -97,6 +97,7 @@ class MemoryBudget:
         self.told = ""
         self._refuse_what_nobody_else_moves()
         engine.memory_limit = budget
+        return_freed_memory()
 
     # ------------------------------------------------------------ trying
 
