@@ -137,7 +137,7 @@ def test_demo_run_file_is_valid_and_plans():
     [
         ["--help"],
         ["check", "examples/spam/run.yaml"],
-        ["plan", "examples/spam/run.yaml"],
+        ["plan", "examples/spam/run.yaml", "--quick"],
         ["ablate", "examples/studies/es_vs_gradient.yaml", "--dry-run"],
     ],
 )

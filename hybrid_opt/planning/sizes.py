@@ -137,14 +137,12 @@ def sizes_table(
             if adapted not in pretended:
                 pretended[adapted] = PretendedModel(model, run.peft, "bfloat16")
             peak = _peak(run, pretended[adapted], batch_size, tokens, world_size)
-            cells.append(
-                f"[{'green' if peak <= limit else 'red'}]{peak / 1e9:.3g}{' fits' if peak <= limit else ' no'}[/]"
-            )
+            cells.append(f"[green]{peak / 1e9:.3g}[/]" if peak <= limit else f"[red]{peak / 1e9:.3g} no[/]")
         values = sum(p.numel() for p in pretended[False].module.parameters())
-        table.add_row(full, f"{values / 1e9:.3g} B", *cells)
+        table.add_row(full, f"{values / 1e9:.3g}B", *cells)
     yield table
     yield (
-        "ES: low rank, one member and example a forward pass at the least, weights rounded at random (no float32 copy); AdamW: float32 masters and moments; "
+        f"no: more than {limit / 1e9:.4g} GB. ES: low rank, one member and example a forward pass at the least, weights rounded at random (no float32 copy); AdamW: float32 masters and moments; "
         "LoRA, rank 8, and all under ZeRO: gradient checkpointing. What fragmentation takes comes on top."
     )
 
