@@ -28,7 +28,7 @@ def plan(
     calibrate: Annotated[
         bool,
         typer.Option(
-            "--calibrate", help="Load the model and take three steps of each estimator, for times and measured peaks."
+            "--calibrate", help="Load the model and take five steps of each estimator, for times and measured peaks."
         ),
     ] = False,
     model_config: Annotated[

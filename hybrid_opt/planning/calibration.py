@@ -1,6 +1,6 @@
 """`hybrid-opt plan --calibrate`: seconds a step and peak memory of each estimator, from a few real steps. Next: `tables.py`.
 
-One idea: each estimator takes three steps on the run's own model and data, thrown away afterwards; the first warms up.
+One idea: each estimator takes five steps on the run's own model and data, thrown away afterwards.
 """
 
 import tempfile
@@ -16,7 +16,8 @@ from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_byt
 from hybrid_opt.training.build import build
 from hybrid_opt.training.progress import Silence
 
-STEPS = 3
+TIMED = 3
+"""Steps that are timed, after two on the largest batch that tell the peak and warm up."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Measured:
     """Of an estimator, or of all that act in the same steps."""
 
     seconds: float
-    """Median of the steps after the first."""
+    """Median of the timed steps."""
     peak: int
     """Bytes, on CUDA of what torch allocates, elsewhere of the process, beyond those before the model was loaded."""
 
@@ -59,11 +60,13 @@ def measured(run: RunFile, *, allow_code: bool = False) -> Measured:
     optimizer, device = trainer.optimizer, trainer.optimizer.engine.device
     release_memory(device)
     forget_peak(device)
+    for _ in range(2):  # the second time with the optimizers' state
+        optimizer.step(trainer.batches.largest(), {name: own.largest() for name, own in trainer.own_batches.items()})
     seconds = []
-    for step in range(STEPS):
+    for step in range(TIMED):
         own = {name: batches.batch_at(step) for name, batches in trainer.own_batches.items()}
         seconds.append(optimizer.step(trainer.batches.batch_at(step), own).seconds)
     peak = peak_memory_bytes(device) - (before if device.type == "cpu" else 0)
     del trainer, optimizer
     release_memory(device)
-    return Measured(median(seconds[1:]), peak)
+    return Measured(median(seconds), peak)
