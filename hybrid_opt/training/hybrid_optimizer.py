@@ -140,18 +140,11 @@ class HybridOptimizer:
         if isinstance(by := self.config.schedule, ByLength) and not batches.keys() >= plan.keys():
             batches = dealt(by, batch)
             plan = {name: weight for name, weight in plan.items() if name in batches}
+        seen = {name: batches.get(name, batch) for name in plan}
         first = next(iter(plan))
-        profile = self.profiler.profile(
-            self.schedule.phase, step, lambda: self._evaluated(first, batches.get(first, batch))
-        )
+        profile = self.profiler.profile(self.schedule.phase, step, lambda: self._evaluated(first, seen[first]))
+        estimates, costs, durations = self._estimates(seen)
         owned = {name: self.may_move(name) for name in plan}
-        estimates, costs, durations = {}, {}, {}
-        for name in plan:
-            begun = time.perf_counter()
-            own = self._evaluated(name, batches.get(name, batch))
-            estimates[name], costs[name] = self._estimate(name, *own)
-            owned[name] = self.may_move(name)  # less than before, if memory was short
-            durations[name] = time.perf_counter() - begun
         gradient = next((name for name in plan if self.updates.rules[name] is None), None)
         if gradient is not None:
             self.missing.look(estimates[gradient], owned[gradient], self.schedule.phase, gradient)
@@ -205,6 +198,19 @@ class HybridOptimizer:
             measured=report.measured,
         )
         return report
+
+    def _estimates(self, seen: Mapping[str, Any]) -> tuple[dict[str, Estimate], dict[str, Cost], dict[str, float]]:
+        """Everybody's estimate at the present weights, what it took, and for how many seconds.
+
+        Args:
+            seen: the batch of each estimator that acts.
+        """
+        estimates, costs, durations = {}, {}, {}
+        for name, batch in seen.items():
+            begun = time.perf_counter()
+            estimates[name], costs[name] = self._estimate(name, *self._evaluated(name, batch))
+            durations[name] = time.perf_counter() - begun
+        return estimates, costs, durations
 
     def fit_memory(self, batch: Any, batches: Mapping[str, Any] | None = None) -> None:
         """Fit backprop into the memory budget, if there is one and this has not been done yet; `step` does so with its own batch.

@@ -17,7 +17,7 @@ from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.training import Budget
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import forget_peak, free_memory_bytes, peak_memory_bytes
+from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
@@ -196,7 +196,7 @@ class Trainer:
                 self.journal.say(note)
             if not self.resume:
                 self._measure_before()
-                self._fit_memory()
+                self.decisions.begin({None: self.batches, **self.own_batches})
             try:
                 finished = self._loop(stop_requested)
             except CannotWriteError:
@@ -253,28 +253,13 @@ class Trainer:
         norms = self.update_norms.after({name: self.optimizer.may_move(name) for name in acting})
         own = self.optimizer.objectives
         peak = peak_memory_bytes(device)
-        row = metrics_row(report, peak, norms, signals=self._measured(peak), is_reward=self.is_reward, own=own)
+        signals = self.decisions.stepped(report, peak, acting)
+        row = metrics_row(report, peak, norms, signals=signals, is_reward=self.is_reward, own=own)
         row |= self.guard.told()
-        if report.memory:
-            self.journal.say(f"step {step}: {report.memory}")
-        if self.optimizer.memory:
-            self.optimizer.memory.observe(peak, acting)
         if self.keeper:
             self.keeper.stepped(report)
         self.journal.stepped(row, self.done())
         self.guard.stepped(report.loss)
-
-    def _measured(self, peak: int) -> dict[str, float]:
-        """Tell the schedule what else a step has shown, on all ranks the same, of memory the worst of theirs.
-
-        Returns:
-            What of it, and of the signals, no other part of the step's line has.
-        """
-        peak, taken = self.ranks.most(peak, -free_memory_bytes(self.optimizer.engine.device))
-        told = {"free_memory_bytes": int(-taken), **self.attribution.told()}
-        self.optimizer.tell({"peak_memory_bytes": peak, **told})
-        slope = self.optimizer.signals.loss_slope()
-        return {**told, **({} if slope is None else {"loss_slope": slope})}
 
     # ------------------------------------------------------------ beginning and end
 
@@ -302,14 +287,6 @@ class Trainer:
             self.journal.evaluated(self.journal.before, self.optimizer.signals)
         along = self.validation_along  # the rows that the guard will go on seeing
         self.guard.begin(lambda: self.journal.before if along is self.validation else self._evaluate(along))
-
-    def _fit_memory(self) -> None:
-        """With the largest batches, where these are known; else the first step does it with its own."""
-        sources = {None: self.batches, **self.own_batches}
-        if self.optimizer.memory and all(hasattr(batches, "largest") for batches in sources.values()):
-            self.display.say("trying what fits into the memory budget ...")
-            largest = {name: batches.largest() for name, batches in sources.items()}
-            self.optimizer.fit_memory(largest.pop(None), largest)
 
     def _end(self) -> Summary:
         if self.folder and self.saves_model:  # first, so that nothing is lost whatever happens to the rest
