@@ -50,6 +50,7 @@ DEVICES = {
 }  # fmt: skip
 """Memory of accelerators in 1e9 bytes, by their makers' data sheets."""
 
+OBJECTIVE = CausalLmObjective()
 BF16 = {"dtype": "bfloat16"}
 ES = {
     "type": "es", "learning_rate": 1.0, "fitness_shaping": "none", "members_per_forward": 1, "micro_batch_size": 1,
@@ -173,5 +174,5 @@ def _peak(run: RunFile, pretended: PretendedModel, batch_size: int, tokens: int,
         "labels": ids,
         "logits_to_keep": tokens,
     }
-    batches = {"it": Batch(CausalLmObjective(), values)}
+    batches = {"it": Batch(OBJECTIVE, values)}
     return max(found.peak for found in Predictor(run, pretended, batches, world_size=ranks, device="cuda").phases())

@@ -32,6 +32,8 @@ class PretendedModel:
         with torch.device("meta"):
             self.module: nn.Module = with_adapters(untrained(model, getattr(torch, dtype)), lora)
         self._pretend()
+        self.known: dict[tuple, Any] = {}
+        """What was found before, as several ways to train may take the same passes."""
         self.movable = [name for name, p in self.module.named_parameters() if p.requires_grad]
 
     @property
@@ -47,6 +49,14 @@ class PretendedModel:
         Args:
             examples: examples in a backward pass.
         """
+        key = (config.gradient_checkpointing, config.autocast, objective, _shapes(batch), examples, frozenset(names))
+        if key not in self.known:
+            self.known[key] = self._backprop_bytes(config, objective, batch, examples, names)
+        return self.known[key]
+
+    def _backprop_bytes(
+        self, config: Backprop, objective: Objective, batch: Any, examples: int, names: Collection[str]
+    ) -> tuple[int, int]:
         parameters = dict(self.module.named_parameters())
         for name, p in parameters.items():
             p.requires_grad_(name in names)
@@ -70,6 +80,12 @@ class PretendedModel:
             rows: rows of the pass, each member's examples.
             examples: examples in the batch.
         """
+        key = (objective, _shapes(batch), rows, examples)
+        if key not in self.known:
+            self.known[key] = self._forward_bytes(objective, batch, rows, examples)
+        return self.known[key]
+
+    def _forward_bytes(self, objective: Objective, batch: Any, rows: int, examples: int) -> int:
         self.module.eval()
         part = self._pretended(select(batch, torch.arange(rows) % examples))
         with torch.no_grad(), self._counted() as live:
@@ -101,3 +117,10 @@ class PretendedModel:
 
     def _tensors(self) -> list[Tensor]:
         return [*self.module.parameters(), *self.module.buffers()]
+
+
+def _shapes(batch: Any) -> tuple[torch.Size, ...]:
+    """Shapes of an example's tensors."""
+    shapes: list[torch.Size] = []
+    map_tensors(lambda tensor: shapes.append(tensor.shape[1:]) or tensor, batch)
+    return tuple(shapes)

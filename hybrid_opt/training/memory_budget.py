@@ -69,7 +69,7 @@ class MemoryBudget:
         estimators: the run's, by name; backprop's options are changed here.
 
     Raises:
-        UserError: under ZeRO, or a policy gives parameters to backprop alone.
+        UserError: under ZeRO, or a policy gives parameters to backprop alone, or by their importance.
     """
 
     def __init__(
@@ -262,6 +262,11 @@ class MemoryBudget:
             raise UserError(
                 "memory_budget: DeepSpeed lays out the memory of all that backprop may ever own before the first step, so nothing can be tried; "
                 "give backprop fewer layers by the policy (hybrid-opt plan tells what they take), or write engine: {type: local}"
+            )
+        if measured := next((place for rules in self.ownership.rules.values() for place in rules), None):
+            raise UserError(
+                f"memory_budget: it gives backprop the last layers, and {measured} gives it those that matter most, so what is cut off would be nobody's; "
+                "drop one of them, or lower top"
             )
         for phase, policy in self.ownership.widest.items():
             acts = self.name in acting_in(self.config.schedule, phase) if self.name else False

@@ -172,6 +172,16 @@ def test_a_resumed_run_keeps_what_was_chosen(invented, tmp_path):
             {"policy": [{"match": "norm", "use": ["backprop"]}, {"match": ".*", "use": ["es"]}]},
             "to it alone; write use: [es, backprop]",
         ),
+        (
+            160,
+            {
+                "policy": [
+                    {"layers": {"top": 1, "by": "gradient_norm"}, "use": ["backprop"]},
+                    {"match": ".*", "use": ["es"]},
+                ]
+            },
+            "policy.0 gives it those that matter most",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(invented, budget, changes, message):
