@@ -1,6 +1,6 @@
 """A hard router without a gradient, trained by ES while backprop trains its experts, against a frozen router and straight-through estimators.
 
-    python examples/hard_router.py                      # the comparison, about 12 minutes on one core
+    python examples/hard_router.py                      # the comparison, about 9 minutes on one core
     python examples/hard_router.py --seconds 2 --seeds 3 --rates 1e-3 --prepare 20
 
 The model is a small transformer on bytes. Its feed-forward layers have three experts, and a router that reads the first 16 bytes sends each text to one of
@@ -163,7 +163,7 @@ def trained(arm: str, start: dict[str, Tensor], seed: int, rate: float, seconds:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=20, help="of steps, for each run")
+    parser.add_argument("--seconds", type=float, default=15, help="of steps, for each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="reported; each has a start of its own")
     parser.add_argument("--rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="the grid")
     parser.add_argument("--prepare", type=int, default=600, help="steps of AdamW for the trunk and for each expert")

@@ -34,6 +34,7 @@ def test_there_are_enough_recipes_and_each_says_what_it_is_for():
 LONG_AND_SHORT = {**run_document(Path())["data"], "max_tokens": 120}
 NEEDS = {
     "addax": {"data": LONG_AND_SHORT},
+    "router_es_experts_backprop": {"training": {"steps": 2, "batch_size": 8, "probe_rows": 0}},
     "lora_backprop_base_es": {"peft": {"r": 2, "trains_base": True}},
 }
 """What recipes ask of the run file."""
@@ -83,6 +84,15 @@ def test_ea4llm_example_lowers_the_held_out_loss(tmp_path):
         output = python("examples/ea4llm.py", "--start", start, "--steps", "4", "--samples", "8", "--rows", "16")
         before, after = (float(word) for word in output.splitlines()[-1].split() if word.replace(".", "").isdigit())
         assert after < before, output
+
+
+def test_hard_router_example_compares_four_arms():
+    """A tenth of a second of steps after two steps of preparation; the README has the real thing."""
+    output = python("examples/hard_router.py", "--seconds", "0.1", "--seeds", "3", "--rates", "1e-3", "--prepare", "2")
+    rows = {line.split()[0]: line.split() for line in output.splitlines()[-4:]}
+    assert list(rows) == ["frozen", "straight_through", "chosen_scaled", "hybrid"]
+    assert all(2 < float(row[2]) < 6 for row in rows.values())
+    assert float(rows["hybrid"][3]) == 0
 
 
 def test_the_sums_are_a_run_and_a_study():
