@@ -10,7 +10,7 @@ starts random. Arms, from the same start and with the same batches:
     frozen             the router stays as it is
     straight_through   forwards the chosen expert alone counts, backwards the softmax over all (Bengio et al., arXiv 1308.3432): computes all experts
     chosen_scaled      the same gradient for the chosen expert's gate alone: as cheap as frozen
-    hybrid             schedules/router_es_experts_backprop.yaml: the router by ES, all else by backprop
+    hybrid             schedules/router_es_experts_backprop.yaml, population 16: the router by ES, all else by backprop
 
 Each arm takes its learning rate from the same grid, on a seed that is not reported.
 """
@@ -141,6 +141,7 @@ def schedule(arm: str, rate: float) -> dict:
     """The recipe, or backprop alone on what the arm trains."""
     recipe = load_schedule("router_es_experts_backprop").model_dump(mode="json", by_alias=True)
     recipe["estimators"]["backprop"]["learning_rate"] = rate
+    recipe["estimators"]["es"]["population_size"] = 16  # eight pairs, three texts for each
     if arm == "hybrid":
         return recipe
     router = {"match": "router", "use": "frozen" if arm == "frozen" else ["backprop"]}

@@ -203,7 +203,7 @@ CASES = [
         RUN,
         run({"schedule": "my.yaml"}),
         "schedule: 'my.yaml'",
-        "shipped: adaptive, align, alternate",
+        "shipped: adaptive, addax, align, alternate",
     ),
     case("unknown recipe", RUN, run({"schedule": "alternat"}), "schedule: 'alternat'", "'alternate'?"),
     # keys

@@ -47,7 +47,7 @@ BASE = {
     "model": {"name": "smollm2-135m", "dtype": "float32", "tokenizer": None},
     "data": {"train": "rows.jsonl", "validation": 0.25, "prompt": "Q: {question}\nA:", "completion": " {answer}", "max_tokens": 16},
     "objective": {"type": "causal_lm"},
-    "training": {"steps": 4, "batch_size": 2, "seed": 0, "probe_rows": 1, "budget": None},
+    "training": {"steps": 4, "batch_size": 4, "seed": 0, "probe_rows": 1, "budget": None},
     "engine": {"type": "local", "device": "cpu"},
     "schedule": "schedule.yaml",
     "output": "out",

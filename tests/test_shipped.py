@@ -34,7 +34,6 @@ def test_there_are_enough_recipes_and_each_says_what_it_is_for():
 LONG_AND_SHORT = {**run_document(Path())["data"], "max_tokens": 120}
 NEEDS = {
     "addax": {"data": LONG_AND_SHORT},
-    "router_es_experts_backprop": {"training": {"steps": 2, "batch_size": 8, "probe_rows": 0}},
     "lora_backprop_base_es": {"peft": {"r": 2, "trains_base": True}},
 }
 """What recipes ask of the run file."""

@@ -37,7 +37,8 @@ def read_state(place: Path, state: dict[str, Any]) -> None:
     """
     try:
         for name, tensor in load_file(place / "tensors.safetensors").items():
-            _put(state, name.split(SEPARATOR), tensor)
+            # In the mapped file it begins anywhere, and sums of products are rounded otherwise where memory is not aligned.
+            _put(state, name.split(SEPARATOR), tensor.clone())
         for keys, value in json.loads((place / "values.json").read_bytes()):
             _put(state, keys, value)
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:

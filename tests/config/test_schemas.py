@@ -369,7 +369,7 @@ REFUSED_SCHEDULES = {
     ),
     "unknown type": (
         {"schedule": {"type": "sngle"}},
-        "schedule: type is 'sngle'; write one of 'single', 'alternate', 'blend', 'phases', 'adaptive' (did you mean 'single'?)",
+        "schedule: type is 'sngle'; write one of 'single', 'alternate', 'blend', 'phases', 'adaptive', 'by_length' (did you mean 'single'?)",
     ),
     "key of another form": (
         {"es": {"perturbation": {"type": "dense", "noise_rank": 2}}},

@@ -6,6 +6,7 @@ import torch
 from hybrid_opt import HybridOptimizer
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
+from hybrid_opt.recovery.state_files import read_state, write_state
 from tests.conftest import tiny_model, token_batch, token_losses
 
 DENSE = {"type": "dense"}
@@ -38,6 +39,15 @@ def started(config: dict) -> HybridOptimizer:
     return HybridOptimizer(
         tiny_model(), token_losses, schedule={"estimators": estimators, "schedule": schedule}, seed=3
     )
+
+
+def test_tensors_are_read_to_aligned_memory(tmp_path):
+    """In the file they begin anywhere; sums of products over them would be rounded otherwise than before."""
+    for length in range(1, 9):  # of a name, which moves what follows it in the file
+        place = tmp_path / str(length)
+        write_state(place, {"x" * length: torch.randn(33), "y": torch.randn(33)})
+        read_state(place, state := {})
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in state.values())
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
