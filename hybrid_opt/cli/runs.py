@@ -113,6 +113,8 @@ def check(
 
             for line in gradient_lines(config, allow_code=allow_code):
                 console.print(line, highlight=False, soft_wrap=True)
+    elif config.schedule.backprop is not None:
+        console.print("gradients: not looked at; --gradients loads the model and looks", highlight=False)
     for key, what in code_of(config):
         console.print(f"{key}: {what} is code; to train with it say --allow-code", highlight=False, soft_wrap=True)
     console.print(f"{run}: valid", highlight=False, soft_wrap=True)
