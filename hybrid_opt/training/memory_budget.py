@@ -26,11 +26,13 @@ from hybrid_opt.scheduling.policy import acting_in, block_of, may_ever_move
 from hybrid_opt.training.measured_peak import largest_that_fits, peak_of_backprop
 
 GB = 1e9
+HEADROOM = 0.01
+"""Share of the budget that trials leave free, for what a step does besides: comparing weights, norms of updates."""
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How a backprop step saves memory: the further down in `savings_of`, the more it saves and the longer it takes."""
+    """How a backprop step saves memory: the further down in `savings_of`, the fewer activations there are at once, and the longer it takes."""
 
     micro_batch_size: int | None
     gradient_checkpointing: bool
@@ -130,34 +132,27 @@ class MemoryBudget:
         return self.told
 
     def _fit_backprop(self, objective: Objective, batch: Any, others: int) -> None:
-        def peak(blocks: int, saving: Saving) -> float:
-            own = self._backprop_peak(blocks, saving, objective, batch)
-            return max(own, others + self._kept_between_steps(blocks))
-
         self.examples = count_examples(batch)
         savings = self._savings(self.examples)
-        blocks, lowest = self._most_blocks(lambda count: peak(count, savings[-1]))
+        peaks: dict[tuple[int, Saving], float] = {}
+
+        def peak(blocks: int, saving: Saving) -> float:
+            if (blocks, saving) not in peaks:
+                own = self._backprop_peak(blocks, saving, objective, batch)
+                peaks[blocks, saving] = max(own, others + self._kept_between_steps(blocks))
+            return peaks[blocks, saving]
+
+        # The last saves most where activations take most; where gradients do, adding parts up takes more than the whole batch at once.
+        ends, target = (savings[0], savings[-1]), (1 - HEADROOM) * self.budget
+        blocks = largest_that_fits(len(self.blocks), lambda count: any(peak(count, end) <= target for end in ends))
         if not blocks:
+            lowest = min(peak(1, end) for end in ends)
             raise UserError(
                 f"memory_budget: {self.budget / GB:.4g} GB, but with backprop on {self.blocks[-1][0]} and what follows it takes {lowest / GB:.4g} "
                 "GB; raise the budget, or use a schedule of es alone"
             )
-        for saving in savings[:-1]:
-            if (found := peak(blocks, saving)) <= self.budget:
-                self._take(blocks, saving, found)
-                return
-        self._take(blocks, savings[-1], lowest)
-
-    def _most_blocks(self, peak: Callable[[int], float]) -> tuple[int, float]:
-        """The largest number of blocks that fits, and its peak; 0, and the peak of one block, if that does not."""
-        known: dict[int, float] = {}
-
-        def fits(count: int) -> bool:
-            known[count] = peak(count)
-            return known[count] <= self.budget
-
-        most = largest_that_fits(len(self.blocks), fits)
-        return most, known[most or 1]
+        saving = next(saving for saving in savings if peak(blocks, saving) <= target)
+        self._take(blocks, saving, peak(blocks, saving))
 
     def _backprop_peak(self, blocks: int, saving: Saving, objective: Objective, batch: Any) -> float:
         """The peak of a step, with what others keep between steps."""
@@ -193,7 +188,7 @@ class MemoryBudget:
     # ------------------------------------------------------------ adjusting
 
     def shrink(self, name: str, why: str) -> bool:
-        """Let backprop save more memory, or own a block less; whether there was anything left to do about an estimator's memory."""
+        """Let backprop own a block less, or of the last one save more memory; whether there was anything left to do about an estimator's."""
         if name != self.name or self.fit is None:
             return False
         blocks, saving, peak = self.fit
@@ -201,7 +196,7 @@ class MemoryBudget:
         following = savings[savings.index(saving) + 1 :]
         if not following and blocks == 1:
             return False
-        self._take(*((blocks, following[0]) if following else (blocks - 1, saving)), peak)
+        self._take(*((blocks - 1, saving) if blocks > 1 else (1, following[0])), peak)
         release_memory(self.engine.device)
         self.told = f"{why}; {self._words()}"
         return True
