@@ -108,8 +108,12 @@ class Backprop(LearningRate):
             shapes: parameters that backprop may move.
         """
         values = 4 * sum(map(prod, shapes.values()))
-        state = {f"{self.optimizer}'s state": self.state_values * values, "gradient": values}
+        state = {f"{self.optimizer}'s state": self.state_values * values, **self.passing(shapes)}
         return {what: count for what, count in (state | {"anchor": values if self.anchor else 0}).items() if count}
+
+    def passing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """See `LearningRate.passing`: the gradient."""
+        return {"gradient": 4 * sum(map(prod, shapes.values()))}
 
     @property
     def state_values(self) -> int:

@@ -39,4 +39,8 @@ class ForwardGradient(DirectStep):
 
     def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """See `DirectStep.keeps`; and the largest tangent in float32."""
-        return super().keeps(shapes) | {"tangent": max((4 * prod(shape) for shape in shapes.values()), default=0)}
+        return super().keeps(shapes) | self.passing(shapes)
+
+    def passing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """See `LearningRate.passing`: the tangent."""
+        return {"tangent": max((4 * prod(shape) for shape in shapes.values()), default=0)}

@@ -60,7 +60,11 @@ class Probing(DirectStep):
 
     def keeps(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """See `DirectStep.keeps`; and what the perturbation keeps."""
-        return super().keeps(shapes) | self.perturbation.keeps(shapes, self.directions)
+        return super().keeps(shapes) | self.passing(shapes)
+
+    def passing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """See `LearningRate.passing`: what the perturbation keeps."""
+        return self.perturbation.keeps(shapes, self.directions)
 
 
 class EvolutionStrategy(Probing):

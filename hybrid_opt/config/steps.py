@@ -66,6 +66,15 @@ class LearningRate(Strict):
         """Why `state_on_switch` cannot be what it is, and what to write instead; empty if it can."""
         return ""
 
+    def passing(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """What of `keeps` is there only from an estimate to its update."""
+        return {}
+
+    def lasting(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """What of `keeps` is there between steps."""
+        passing = self.passing(shapes)
+        return {what: count for what, count in self.keeps(shapes).items() if what not in passing}
+
     @property
     def needs_gradient(self) -> bool:
         """Whether it needs what backprop leaves behind."""

@@ -29,6 +29,11 @@ def hold_out(examples: Sequence[Any], fraction: float, seed: int, at_end: bool) 
     return kept, held
 
 
+def length_of(example: Any) -> int:
+    """Tokens of an example of a run's data, prompt and completion together."""
+    return len(example.prompt) + len(getattr(example, "completion", ()))
+
+
 class Batches(Protocol):
     """A batch for every step."""
 
@@ -61,8 +66,7 @@ class ShuffledBatches:
 
     def largest(self) -> Any:
         """A batch of the longest examples, as none of the others takes more memory."""
-        by_length = sorted(self.examples, key=lambda e: len(e.prompt) + len(getattr(e, "completion", ())))
-        return self.collate(by_length[-self.batch_size :])
+        return self.collate(sorted(self.examples, key=length_of)[-self.batch_size :])
 
 
 class IterableBatches:

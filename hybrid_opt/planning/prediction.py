@@ -143,9 +143,7 @@ class Predictor:
         """What an estimator keeps between steps; under ZeRO its parts are spread where its weights are."""
         config = self.run.schedule.estimators[name]
         shapes = {parameter: self.shapes[parameter] for parameter in self.owned[name]}
-        kept = config.keeps(shapes)
-        passing = config.perturbation.keeps(shapes, config.directions) if isinstance(config, Probing) else {}
-        lasting = {kind: count for kind, count in kept.items() if kind not in (*passing, "gradient", "tangent")}
+        lasting = config.lasting(shapes)
         if isinstance(config, Backprop):
             return {kind: count // (self.ranks if self.stage else 1) for kind, count in lasting.items()}
         return {f"{name}: {kind}": count // (self.ranks if self.stage == 3 else 1) for kind, count in lasting.items()}
@@ -159,8 +157,7 @@ class Predictor:
         shapes = {parameter: self.shapes[parameter] for parameter in owned}
         held, passes = {}, 1
         if isinstance(config, Probing):
-            noise = config.perturbation.keeps(shapes, config.directions)
-            held = {"noise": sum(noise.values())}
+            held = {"noise": sum(config.passing(shapes).values())}
             passes = self._rows(config, batch)
         examples = count_examples(batch.values)
         return Acting(

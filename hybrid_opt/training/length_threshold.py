@@ -13,9 +13,9 @@ from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import Single
 from hybrid_opt.errors import UserError
 from hybrid_opt.memory import return_freed_memory
+from hybrid_opt.objectives.batches import length_of
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.lengths import length_of
 from hybrid_opt.training.measured_peak import largest_that_fits, peak_of_backprop
 
 GB = 1e9

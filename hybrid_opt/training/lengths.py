@@ -11,9 +11,8 @@ from torch import Tensor
 
 from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.errors import UserError
+from hybrid_opt.objectives.batches import length_of
 from hybrid_opt.objectives.contract import count_examples, select
-
-TOKENS = ("input_ids", "attention_mask", "position_ids")
 
 
 def dealt(schedule: ByLength, batch: Any) -> dict[str, Any]:
@@ -56,11 +55,6 @@ def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         key: value[..., first:end] if isinstance(value, Tensor) and value.shape == mask.shape else value
         for key, value in batch.items()
     }
-
-
-def length_of(example: Any) -> int:
-    """Tokens of an example of a run's data, prompt and completion together."""
-    return len(example.prompt) + len(getattr(example, "completion", ()))
 
 
 def by_length(schedule: ByLength, examples: Sequence[Any]) -> dict[str, list[Any]]:

@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any
 
 from hybrid_opt.config.estimators import Backprop
-from hybrid_opt.config.probing import Probing
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
@@ -178,11 +177,7 @@ class MemoryBudget:
             config = self.config.estimators[name]
             owned = self._last(blocks) if name == self.name else self._may_ever_move(name)
             shapes = {parameter: tuple(self.engine.parameters[parameter].shape) for parameter in owned}
-            total += sum(config.keeps(shapes).values())
-            if name == self.name:
-                total -= 4 * sum(map(math.prod, shapes.values()))  # the gradient
-            elif isinstance(config, Probing):
-                total -= sum(config.perturbation.keeps(shapes, config.directions).values())
+            total += sum(config.lasting(shapes).values())
         return total
 
     # ------------------------------------------------------------ adjusting

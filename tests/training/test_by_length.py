@@ -11,11 +11,12 @@ from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.noise.keys import StepKey
+from hybrid_opt.objectives.batches import length_of
 from hybrid_opt.objectives.language_model import left_padded
 from hybrid_opt.training import length_threshold
 from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.lengths import dealt, length_of
+from hybrid_opt.training.lengths import dealt
 from hybrid_opt.training.measured_peak import largest_that_fits, peak_of_backprop
 from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, interrupt_after, tiny_model
