@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
 from hybrid_opt.config.foreign_code import code_of
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
+from hybrid_opt.objectives.contract import count_tokens
 from hybrid_opt.planning.batches import largest_batches
 from hybrid_opt.planning.calibration import Measured, alone, measured
 from hybrid_opt.planning.prediction import Predictor
@@ -51,7 +53,7 @@ def planned(
     totals = totals_of(
         run,
         steps,
-        tokens={name: _tokens(batch.values) for name, batch in batches.items()},
+        tokens={name: count_tokens(batch.values) for name, batch in batches.items()},
         owned={name: predictor.values_of(names) for name, names in predictor.owned.items()},
         weights=model.weight_bytes // predictor.width,
         width=predictor.width,
@@ -103,13 +105,5 @@ def _duration(seconds: float) -> str:
 
 
 def _device(run: RunFile) -> str:
-    import torch
-
     wanted = getattr(run.engine, "device", "auto")
     return "cuda" if wanted.startswith("cuda") or (wanted == "auto" and torch.cuda.is_available()) else "cpu"
-
-
-def _tokens(batch: Any) -> int:
-    from hybrid_opt.objectives.contract import count_tokens
-
-    return count_tokens(batch)
