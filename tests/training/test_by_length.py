@@ -106,7 +106,7 @@ def run_file(write_run, **by):
         "steps": 4,
         "batch_size": 4,
         "probe_rows": 0,
-        **({"memory_budget": "2GB"} if by.get("length_threshold") == "auto" else {}),
+        **({"memory_budget": "20GB"} if by.get("length_threshold") == "auto" else {}),
     }
     return load_run(write_run(schedule=recipe, data=data, training=training))
 
@@ -138,12 +138,12 @@ def test_a_resumed_run_is_the_same(write_run, tmp_path):
 
 
 def test_auto_is_the_longest_that_fits(write_run, monkeypatch):
-    """A step takes 40 MB for each token of the longest row: in 2 GB fit 50, 49 of the example and one of a choice. It is measured once."""
+    """A step takes 400 MB for each token of the longest row: in 20 GB fit 50, 49 of the example and one of a choice. It is measured once."""
     tried = []
 
     def peak(engine, config, names, objective, batch):
         tried.append(batch["input_ids"].shape[-1])
-        return 40e6 * tried[-1]
+        return 400e6 * tried[-1]
 
     monkeypatch.setattr(length_threshold, "peak_of_backprop", peak)
     monkeypatch.setattr("hybrid_opt.training.memory_budget.peak_of_backprop", lambda *args: 0)
@@ -155,7 +155,7 @@ def test_auto_is_the_longest_that_fits(write_run, monkeypatch):
     interrupt_after(trainer, step=1)
     trainer.train()
     assert (
-        "length_threshold: auto is 49 tokens, with which backprop takes 2 of 2 GB"
+        "length_threshold: auto is 49 tokens, with which backprop takes 20 of 20 GB"
         in (trainer.folder.path / "messages.log").read_text()
     )
     tried.clear()
@@ -166,7 +166,7 @@ def test_auto_is_the_longest_that_fits(write_run, monkeypatch):
     everything = build(run, overwrite=True, display=Silence())
     assert everything.optimizer.config.schedule.skip_long
     assert "so es has nothing to do" in everything.notes[0]
-    monkeypatch.setattr(length_threshold, "peak_of_backprop", lambda *args: 3e9)
+    monkeypatch.setattr(length_threshold, "peak_of_backprop", lambda *args: 30e9)
     with pytest.raises(UserError, match="not even backprop on the shortest examples"):
         build(run, overwrite=True, display=Silence())
 
