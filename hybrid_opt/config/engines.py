@@ -1,6 +1,6 @@
 """What a run file may say about its engine: where the weights live. Next: `run.py`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -37,8 +37,8 @@ class ZeroEngine(Strict):
     type: Literal["zero"]
     zero_stage: Literal[1, 2, 3]
     """What each process holds only a part of: 1 the optimizer's state and master weights, 2 also gradients, 3 also the weights."""
-    deepspeed_config: Text | None = None
-    """A DeepSpeed file (JSON) with further settings. What the run file settles it must not contradict; `auto` is filled in; what would write
+    deepspeed_config: Text | dict[str, Any] | None = None
+    """A DeepSpeed file (JSON), or its content, with further settings. What the run file settles it must not contradict; `auto` is filled in; what would write
     elsewhere or run code is refused."""
     micro_batch_size: PositiveInt | None = None
     """Most examples of a rank in a backward pass (DeepSpeed: train_micro_batch_size_per_gpu); null: as the backprop

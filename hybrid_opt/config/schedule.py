@@ -328,9 +328,14 @@ class ScheduleFile(Strict):
         return self.schedule.phases if isinstance(self.schedule, Phases) else ()
 
     @property
+    def backprop_name(self) -> str | None:
+        """Name of the backprop estimator, of which there is at most one."""
+        return next((name for name, e in self.estimators.items() if isinstance(e, Backprop)), None)
+
+    @property
     def backprop(self) -> Backprop | None:
-        """The backprop estimator, of which there is at most one."""
-        return next((e for e in self.estimators.values() if isinstance(e, Backprop)), None)
+        """The backprop estimator."""
+        return self.estimators.get(self.backprop_name)
 
     @property
     def signals(self) -> frozenset[str]:

@@ -48,10 +48,9 @@ def build_engine(
         UserError: see `LocalEngine` and `ZeroEngine`.
     """
     policies = list(ownership.widest.values())
-    name = next((name for name, c in schedule.estimators.items() if isinstance(c, Backprop)), None)
+    name, backprop = schedule.backprop_name, schedule.backprop
     owned = [set(policy.names(name)) for policy in policies] if name else []
     movable = {parameter for policy in policies for parameter, who in policy.owners.items() if who}
-    backprop = schedule.estimators.get(name)
     try:
         if isinstance(config, ZeroEngineConfig):
             from hybrid_opt.engines.zero import ZeroEngine

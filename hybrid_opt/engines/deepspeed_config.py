@@ -178,7 +178,7 @@ class DeepSpeedSettings:
         value: Any = self.file
         for part in key.split("."):
             value = value.get(part, AUTO) if isinstance(value, dict) else AUTO
-        return f"{self.engine.deepspeed_config}: {key}", None if value == AUTO else value
+        return f"{_name(self.engine.deepspeed_config)}: {key}", None if value == AUTO else value
 
     def _one(self, *places: Place) -> Any:
         """The one value that is given; None if none is."""
@@ -192,15 +192,19 @@ class DeepSpeedSettings:
         return given[0][1] if given else None
 
 
-def _read(path: str | None) -> dict[str, Any]:
-    if path is None:
+def _name(source: str | dict[str, Any] | None) -> str:
+    return source if isinstance(source, str) else "deepspeed_config"
+
+
+def _read(source: str | dict[str, Any] | None) -> dict[str, Any]:
+    if source is None:
         return {}
-    where = f"engine.deepspeed_config: {path}"
+    where = f"engine.deepspeed_config: {source}" if isinstance(source, str) else "engine.deepspeed_config"
     try:
-        content = json.loads(read_text(Path(path)))
+        content = json.loads(read_text(Path(source)) if isinstance(source, str) else json.dumps(source))
     except UserError as error:
         raise UserError(f"engine.deepspeed_config: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(content).__name__}")

@@ -247,9 +247,10 @@ class ZeroEngine:
         """See `Engine.layout`."""
         return {"ranks": self.ranks.world_size, "zero_stage": self.config.zero_stage}
 
-    def state_dict(self, folder: Path) -> dict[str, Any]:
-        """DeepSpeed's own checkpoint, and the weights that its optimizer does not have: at stages 1 and 2 rank 0's serve all."""
-        if self.owned:
+    def state_dict(self, folder: Path | None = None) -> dict[str, Any]:
+        """DeepSpeed's own checkpoint, unless somebody else lets DeepSpeed write and read it (no folder), and the weights that its optimizer
+        does not have: at stages 1 and 2 rank 0's serve all."""
+        if self.owned and folder is not None:
             self.idle.bring_back()
             zero_checkpoint.save(self.deepspeed, folder)
         mine = self.config.zero_stage == 3 or self.ranks.rank == 0
@@ -261,14 +262,15 @@ class ZeroEngine:
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any], folder: Path) -> None:
-        """See `Engine.load_state_dict`."""
+    def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
+        """See `Engine.load_state_dict`; without a folder DeepSpeed has read its own checkpoint already."""
         if self.owned:
-            self.idle.bring_back()
-            if self.has_gradients:  # of a step that was not taken: they would be added to the next one's
-                self.deepspeed.step()
-                self.has_gradients = False
-            zero_checkpoint.load(self.deepspeed, folder)
+            if folder is not None:
+                self.idle.bring_back()
+                if self.has_gradients:  # of a step that was not taken: they would be added to the next one's
+                    self.deepspeed.step()
+                    self.has_gradients = False
+                zero_checkpoint.load(self.deepspeed, folder)
             self.stage.relink_state()
         buffers = dict(self.model.named_buffers())
         for name, buffer in state["buffers"].items():
@@ -311,7 +313,11 @@ class ZeroEngine:
             self.ranks.world_size,
             getattr(getattr(self.model, "config", None), "hidden_size", None),
         )
-        return deepspeed.initialize(model=self.model, optimizer=optimizer, config=config, dist_init_required=False)[0]
+        engine, *_ = deepspeed.initialize(
+            model=self.model, optimizer=optimizer, config=config, dist_init_required=False
+        )
+        zero_checkpoint.read_as_data(engine)
+        return engine
 
     def _idle_state(self, settings: DeepSpeedSettings) -> IdleState:
         pinned = {"device": OffloadDeviceEnum.cpu, "pin_memory": self.device.type == "cuda"}

@@ -36,6 +36,11 @@ class TensorsOnly(TorchCheckpointEngine):
             raise UserError(f"{path}: the checkpoint cannot be read: {_first_line(error)}") from None
 
 
+def read_as_data(engine: Any) -> None:
+    """Whoever lets DeepSpeed's engine read a checkpoint from now on, nothing in it is executed."""
+    engine.checkpoint_engine = TensorsOnly(engine._config)
+
+
 def save(engine: Any, folder: Path) -> None:
     """Let DeepSpeed's engine write its checkpoint; all ranks do this together."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
@@ -47,7 +52,6 @@ def load(engine: Any, folder: Path) -> None:
     Raises:
         UserError: a file is missing, damaged, or holds what DeepSpeed never writes.
     """
-    engine.checkpoint_engine = TensorsOnly(engine._config)
     try:
         found, _ = engine.load_checkpoint(str(folder), tag=TAG)
     except UserError:

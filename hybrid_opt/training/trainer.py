@@ -28,7 +28,6 @@ from hybrid_opt.training.divergence import Guard
 from hybrid_opt.training.durable import CannotWriteError
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.integrations import Integrations, hyperparameters
 from hybrid_opt.training.interrupt import stop_requests
 from hybrid_opt.training.journal import Journal
 from hybrid_opt.training.machine import describe_machine
@@ -37,6 +36,7 @@ from hybrid_opt.training.progress import Display, Displays, Silence
 from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
 from hybrid_opt.training.summary import Summary
+from hybrid_opt.training.trackers import Trackers, hyperparameters
 from hybrid_opt.training.update_norms import UpdateNorms
 
 
@@ -148,7 +148,7 @@ class Trainer:
         self.display = Silence() if self.ranks.rank else display or display_for("auto", budget=budget)
         if self.folder and not self.ranks.rank and reporters(report_to):
             shown = hyperparameters(config, self.optimizer, steps)
-            tracked = Integrations(report_to, self.folder, shown, model, tokenizer, self.display.say)
+            tracked = Trackers(report_to, self.folder, shown, model, tokenizer, self.display.say)
             self.display = Displays(self.display, tracked)
         self.journal = Journal(self.folder, self.display, writes=self.ranks.rank == 0)
         self.keeper = self._keeper(keeping, tokenizer) if self.folder else None

@@ -33,7 +33,7 @@ OF_A_STEP = (
 """What is reported of each line of `metrics.jsonl`, beside what belongs to an estimator."""
 
 
-class Integrations:
+class Trackers:
     """A `Display` that passes on what happens to the callbacks of transformers' integrations.
 
     A tracker that fails along the way is left out from there on: a run is not lost because a server is.

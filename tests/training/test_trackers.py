@@ -16,9 +16,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from hybrid_opt import Trainer, UserError, build, load_run
 from hybrid_opt.cli import main
 from hybrid_opt.config.reporting import INTEGRATIONS
-from hybrid_opt.training.integrations import Integrations, step_scalars
 from hybrid_opt.training.progress import Lines, Silence
 from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.training.trackers import Trackers, step_scalars
 from tests.conftest import PROSE, tiny_model, token_batch, token_losses
 
 ES = {"type": "es", "population_size": 6, "sigma": 0.01, "learning_rate": 1e-4, "fitness_shaping": "none"}
@@ -279,9 +279,9 @@ def test_from_a_script(tmp_path):
 
 def test_a_tensorboard_folder_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
-    integrations = Integrations("tensorboard", RunFolder(tmp_path / "out"), {})
-    integrations.start(0, None)
-    integrations.stop()
+    trackers = Trackers("tensorboard", RunFolder(tmp_path / "out"), {})
+    trackers.start(0, None)
+    trackers.stop()
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
     assert not (tmp_path / "out").exists()
 

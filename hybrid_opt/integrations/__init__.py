@@ -1,0 +1,1 @@
+"""hybrid_opt inside other people's training loops. Next: `transformers.py`."""

@@ -1,0 +1,111 @@
+"""The losses of transformers' models, an example at a time. Next: `../objectives/contract.py`.
+
+One idea: transformers gives one number for a batch. Here the same number is the mean of one loss an example, so that a forward pass can hold the
+examples of many ES members and still tell them apart.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.loss.loss_utils import LOSS_MAPPING
+
+from hybrid_opt.objectives.language_model import IGNORED, cross_entropies
+
+SHARE = "hybrid_opt_share"
+"""Key of a batch under which each example has its factor, see `LabelLosses`."""
+Sums = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""`(model, logits, labels) -> (examples,)`."""
+
+
+class LabelLosses:
+    """What a transformers model gives as `loss` for a batch with `labels`, split over the examples.
+
+    Of labels for tokens, with T_i of them not -100 in example i of E, the loss of example i is
+    `E / sum_j T_j * sum_t -log p(label_t)`, the sum over j being over the whole batch of the step, also where a part of it is evaluated. So the
+    mean over examples is the mean over tokens, as transformers' Trainer computes it (`num_items_in_batch`). Of one label an example it is that
+    example's cross-entropy (or mean squared error, or mean binary cross-entropy, by `config.problem_type`).
+
+    Args:
+        model: whose `loss_function` is taken.
+
+    Raises:
+        ValueError: the loss of such a model is not known by example; see `knows`.
+    """
+
+    differentiable = True
+
+    def __init__(self, model: nn.Module):
+        if not self.knows(model):
+            raise ValueError(
+                f"LabelLosses: the loss of {type(unwrapped(model)).__name__} is not known by example; pass objective=, a function "
+                "losses(model, batch) -> Tensor (examples,), or leave it out: then compute_loss is asked, one ES member a forward pass"
+            )
+        self.kind = getattr(unwrapped(model), "loss_type", None)
+
+    @staticmethod
+    def knows(model: nn.Module) -> bool:
+        """Whether the model is a decoder or encoder with labels for tokens or for examples, and nothing else in its loss."""
+        own, config = unwrapped(model), getattr(model, "config", None)
+        adapters = getattr(model, "peft_config", None) or {}
+        adds_tokens = any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values())
+        adds_losses = getattr(config, "is_encoder_decoder", False) or getattr(config, "output_router_logits", False)
+        return LOSS_MAPPING.get(getattr(own, "loss_type", None)) in SUMS and not adds_tokens and not adds_losses
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """See `Objective.losses`: (examples,) float32."""
+        labels, share = batch["labels"], batch.get(SHARE)
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", SHARE)}
+        sums = SUMS[LOSS_MAPPING[self.kind]](unwrapped(model), model(**inputs).logits, labels)
+        return sums * (self.shares(labels) if share is None else share)
+
+    def measures(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The losses."""
+        return {"loss": self.losses(model, batch)}
+
+    def shares(self, labels: Tensor) -> Tensor:
+        """The factor `E / sum_j T_j` of each of a batch's examples, (examples,) float32; ones for labels of whole examples."""
+        if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForSequenceClassification"]:
+            return torch.ones(len(labels), device=labels.device)
+        seen = labels[:, 1:] if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForCausalLM"] else labels
+        return (len(labels) / (seen != IGNORED).sum()).expand(len(labels)).float()
+
+    def shared_out(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A whole step's batch, each example with its factor, so that parts of it are weighed as in the whole."""
+        return {**batch, SHARE: self.shares(batch["labels"])}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, inside the wrapper that peft puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _next_tokens(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropies(logits[:, :-1], labels[:, 1:]).sum(1)
+
+
+def _tokens(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropies(logits, labels).sum(1)
+
+
+def _examples(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
+    """As `config.problem_type` says; where it says nothing transformers goes by the number and the type of labels."""
+    whole = labels.dtype in (torch.int64, torch.int32)
+    guessed = "single_label_classification" if whole else "multi_label_classification"
+    problem = model.config.problem_type or ("regression" if model.config.num_labels == 1 else guessed)
+    if problem == "regression":
+        return F.mse_loss(logits.float().flatten(1), labels.float().view(len(labels), -1), reduction="none").mean(1)
+    if problem == "single_label_classification":
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    return F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none").mean(1)
+
+
+SUMS: dict[Any, Sums] = {
+    LOSS_MAPPING["ForCausalLM"]: _next_tokens,
+    LOSS_MAPPING["ForMaskedLM"]: _tokens,
+    LOSS_MAPPING["ForTokenClassification"]: _tokens,
+    LOSS_MAPPING["ForSequenceClassification"]: _examples,
+}
+"""Of transformers' losses those that are known by example, and how."""
