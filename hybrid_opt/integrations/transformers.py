@@ -24,6 +24,7 @@ from hybrid_opt.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.recovery.state_files import read_state, write_state
 from hybrid_opt.training.deciding import Decisions
+from hybrid_opt.training.durable import written_aside
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.step_report import StepReport
 
@@ -160,19 +161,20 @@ class HybridTraining:
         start = (
             self.hybrid.updates.anchor.start
         )  # Trainer puts a checkpoint's weights into the model before anchors look at it
-        state = {"hybrid": self.hybrid.state_dict(), "start": start}
-        write_state(place / f"rank{self.args.process_index}", state)
+        with written_aside(place / f"rank{self.args.process_index}") as aside:
+            write_state(aside, {"hybrid": self.hybrid.state_dict(), "start": start})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        place = Path(checkpoint, STATE, f"rank{self.args.process_index}")
-        if not place.is_dir():
-            raise UserError(
-                f"resume_from_checkpoint: {checkpoint} has no {STATE}/rank{self.args.process_index}: it was not saved by a HybridTrainer of as "
-                "many ranks, or with save_only_model=True; pass the folder as the model instead, which starts anew from its weights"
-            )
-        read_state(place, state := {})
+        rank, state = self.args.process_index, {}
+        for place in (Path(checkpoint, STATE, f"rank{number}") for number in sorted({0, rank})):  # rank 0 has what all have in common
+            if not place.is_dir():
+                raise UserError(
+                    f"resume_from_checkpoint: {place} is missing: the checkpoint was not saved by a HybridTrainer of as many ranks, or with "
+                    "save_only_model=True; load its model instead, and start anew from its weights"
+                )
+            read_state(place, state)
         self.hybrid.load_state_dict(state["hybrid"])
         self.hybrid.updates.anchor.start = state["start"]
 
@@ -231,6 +233,7 @@ class HybridTraining:
                 "need an engine of DeepSpeed's; write stage 3, or start the run by hybrid-opt train"
             )
         self.model_wrapped = self.deepspeed = engine
+        self.accelerator.deepspeed_config = engine.config
         self.accelerator._models.append(engine)
 
 
