@@ -167,8 +167,9 @@ class HybridTraining:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        rank, state = self.args.process_index, {}
-        for place in (Path(checkpoint, STATE, f"rank{number}") for number in sorted({0, rank})):  # rank 0 has what all have in common
+        state: dict[str, Any] = {}
+        for rank in sorted({0, self.args.process_index}):  # rank 0 has what all have in common
+            place = Path(checkpoint, STATE, f"rank{rank}")
             if not place.is_dir():
                 raise UserError(
                     f"resume_from_checkpoint: {place} is missing: the checkpoint was not saved by a HybridTrainer of as many ranks, or with "

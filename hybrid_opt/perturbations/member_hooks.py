@@ -137,21 +137,24 @@ def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], fact
 def _linear(module, names, factors):
     """For nn.Linear and Conv1D: `y = x W^T + scale (x A^T) B + bias + bias noise`.
 
-    The noise's part is written first and the large product added to it, which takes no longer than the product alone.
+    The noise's part is written first and the large product added to it, which takes no longer than the product alone. Autocast knows
+    nothing of products that are added in place, so what it would do is done here.
     """
     is_conv1d = type(module).__name__ == "Conv1D"  # its weight is (in, out), the transpose of a Linear's
 
     def forward(*args, **kwargs):
         x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
-        flat = factors.by_direction(x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        flat, weight = factors.by_direction(x).to(dtype), module.weight.to(dtype)
         y = _bias(module, flat, names, factors)
         if "weight" in names:
             a, b = factors.matrices[names["weight"]]
             if is_conv1d:
                 a, b = b, a
-            y = _plus_outer(y, factors.project(names["weight"], a, x), b, factors, factors.memory)
-        y = y.flatten(0, 1).addmm_(flat.flatten(0, 1), module.weight if is_conv1d else module.weight.T)
+            y = _plus_outer(y, factors.project(names["weight"], a, x), b.to(dtype), factors, factors.memory)
+        y = y.flatten(0, 1).addmm_(flat.flatten(0, 1), weight if is_conv1d else weight.T)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     with _forward_replaced(module, forward):
@@ -160,10 +163,11 @@ def _linear(module, names, factors):
 
 def _bias(module: nn.Module, x: Tensor, names: dict[str, str], factors: Factors) -> Tensor | None:
     """The bias of each row, (directions, rows, out), or (out,) if it has no noise, or None."""
+    bias = None if module.bias is None else module.bias.to(x.dtype)
     if "bias" not in names:
-        return module.bias
+        return bias
     noise = factors.vectors[names["bias"]].to(x.dtype).unsqueeze(1)
-    return torch.addcmul(module.bias, factors.scale_of_each_row(x.shape[1], x.dtype).unsqueeze(-1), noise)
+    return torch.addcmul(bias, factors.scale_of_each_row(x.shape[1], x.dtype).unsqueeze(-1), noise)
 
 
 def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str], factors: Factors) -> Tensor:
@@ -175,7 +179,8 @@ def _embedding(module: nn.Module, ids: Tensor, y: Tensor, names: dict[str, str],
     a, b = factors.matrices[names["weight"]]
     rows = ids.reshape(len(a), 1, -1).expand(-1, b.shape[1], -1)
     flat = factors.by_direction(y)
-    return _plus_outer(flat, b.gather(2, rows), a, factors).view(y.shape)
+    with torch.autocast(y.device.type, enabled=False):  # which leaves embeddings alone, but not their noise
+        return _plus_outer(flat, b.gather(2, rows), a, factors).view(y.shape)
 
 
 def _plus_outer(

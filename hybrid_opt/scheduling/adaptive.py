@@ -77,8 +77,8 @@ class AdaptiveSchedule:
         if loss is None:
             raise UserError(
                 f"schedule: adaptive goes by the loss on probe rows, which nobody has told before step {signals.step}; set "
-                "training.probe_rows in a run file, pass probe=... to Trainer, or in a loop of your own tell({'probe_loss': ...}) "
-                "whenever asks() says so"
+                "training.probe_rows in a run file, pass probe=... to Trainer or probe_dataset=... to HybridTrainer, or in a loop of your own "
+                "tell({'probe_loss': ...}) whenever asks() says so"
             )
         last = "" if self.chosen is None else f"; {self._credit(loss, signals)}"
         self.start, self.start_loss = signals, self.start_loss if self.goes_back is not None else loss

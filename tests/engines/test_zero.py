@@ -3,20 +3,14 @@
 import fcntl
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.launching import launch
 
 pytest.importorskip("deepspeed")
 
-LONGEST = 400
-"""Seconds for all scenarios of a launch, on a busy machine."""
 STAGES = ("1", "2", "3")
 
 # Ranks and DeepSpeed's flat buffers add in another order than torch does, which changes a gradient's or a norm's last bits
@@ -50,41 +44,9 @@ def launched_once(world_size: int, folder: Path) -> dict:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = (folder / "results.json").exists()
-        if not done and (problem := launch(world_size, folder)):
+        if not done and (problem := launch(world_size, folder, "tests.engines.zero_scenarios", folder)):
             (folder / "results.json").write_text(json.dumps({"failed": problem}))
         return json.loads((folder / "results.json").read_text())
-
-
-def launch(world_size: int, folder: Path) -> str | None:
-    """Run the scenarios as a launcher would; returns what all ranks said if one of them failed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes, said = [], [folder / f"rank-{rank}.txt" for rank in range(world_size)]
-    for rank in range(world_size):
-        environment = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-            "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        with said[rank].open("w") as output:
-            command = [sys.executable, "-W", "ignore", "-m", "tests.engines.zero_scenarios", str(folder)]
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            )
-    deadline = time.monotonic() + LONGEST
-    try:
-        while (codes := [process.poll() for process in processes]) and None in codes:
-            if any(codes) or time.monotonic() > deadline:  # the others would wait for it
-                break
-            time.sleep(0.1)
-        failed = any(code != 0 for code in codes)
-        time.sleep(2 if failed else 0)  # the others may say why, too
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return "\n".join(f"--- rank {i}:\n{file.read_text()[-4000:]}" for i, file in enumerate(said)) if failed else None
 
 
 def largest(found: dict, what: str) -> float:

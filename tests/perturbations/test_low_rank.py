@@ -303,6 +303,26 @@ def test_batches_of_texts_are_repeated_or_evaluated_one_member_at_a_time():
     assert together.shape == (6, 3)
 
 
+@pytest.mark.parametrize("noise_rank", [1, 8])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_autocast_computes_with_noise_as_with_weights(kind, noise_rank):
+    """Weights stay float32 and products are made in bfloat16: both ways are as far from float32 as its rounding takes them."""
+
+    def losses(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return token_losses(model, batch).float()
+
+    engine, perturbation = LocalEngine(tiny_model(kind)), LowRankPerturbation(noise_rank, SIGMA)
+    names = list(engine.parameters)
+    hooked, written = (
+        of(engine, perturbation, names, MEMBERS, losses) for of in (losses_of_members, losses_of_written_weights)
+    )
+    exact = losses_of_written_weights(engine, perturbation, names, MEMBERS)
+    assert (exact - token_losses(engine.model, token_batch())).abs().max() > 0.1
+    for found in (hooked, written):
+        assert 1e-5 < (found - exact).abs().max() < 4e-3
+
+
 def test_losses_that_are_not_one_an_example_are_refused():
     engine = LocalEngine(tiny_model())
     perturbation = LowRankPerturbation(1, SIGMA, forward_size=ForwardSize(members=6))
