@@ -1,5 +1,5 @@
-"""The command line: train | check | plan | status | replay | export | ablate | report | bench | verify | schema. Next: `runs.py`,
-`planning.py`, `watching.py`, `recovering.py`, `studies.py`, `measuring.py`, and `arguments.py`, `starting.py` that all share; then `../config/loading.py`, `../training/build.py`.
+"""The command line: train | check | plan | status | replay | export | ablate | report | evaluate | bench | verify | schema. Next: `runs.py`,
+`planning.py`, `watching.py`, `recovering.py`, `studies.py`, `evaluating.py`, `measuring.py`, and `arguments.py`, `starting.py` that all share; then `../config/loading.py`, `../training/build.py`.
 
 One idea: a command only reads its arguments and shows results. Mistakes are UserErrors: their message is printed, nothing
 else, and the exit status is 2. What needs torch is imported inside the command that needs it.
@@ -11,6 +11,7 @@ import sys
 import typer
 
 from hybrid_opt.cli.arguments import rank
+from hybrid_opt.cli.evaluating import evaluate
 from hybrid_opt.cli.measuring import bench, verify
 from hybrid_opt.cli.planning import plan
 from hybrid_opt.cli.recovering import export, replay
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, check, plan, status, replay, export, ablate, report, bench, verify, schema):
+for command in (train, check, plan, status, replay, export, ablate, report, evaluate, bench, verify, schema):
     app.command()(command)
 
 INTERRUPTED = 130

@@ -18,9 +18,9 @@ Named = tuple[str, str]
 def code_of(run: RunFile) -> Iterator[Named]:
     """All code that training a run would execute beside this package's and its dependencies' own."""
     yield from code_of_model(run.model)
-    yield from _code_of_objective(run.objective, "objective")
+    yield from code_of_objective(run.objective, "objective")
     for name, own in run.objectives.items():
-        yield from _code_of_objective(own.objective, f"objectives.{name}.objective")
+        yield from code_of_objective(own.objective, f"objectives.{name}.objective")
 
 
 def code_of_model(model: Model) -> Iterator[Named]:
@@ -29,7 +29,12 @@ def code_of_model(model: Model) -> Iterator[Named]:
         yield "model.trust_remote_code", f"what comes with {model.name or 'the model'}"
 
 
-def _code_of_objective(objective: Objective, key: str) -> Iterator[Named]:
+def code_of_objective(objective: Objective, key: str) -> Iterator[Named]:
+    """Functions of the user's own, and what vLLM would import.
+
+    Args:
+        key: of the objective in its file.
+    """
     if isinstance(objective, Function):
         yield f"{key}.function", objective.function
     if not isinstance(objective, Reward):

@@ -20,9 +20,13 @@ class CausalLmObjective:
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """See `Objective.losses`: (examples,) float32."""
         keep = batch["logits_to_keep"]
-        labels = batch["labels"][:, -keep + 1 :]
-        losses = cross_entropies(last_logits(model, batch, keep, skip=1), labels)
-        return losses.sum(1) / (labels != IGNORED).sum(1)
+        losses = cross_entropies(last_logits(model, batch, keep, skip=1), batch["labels"][:, -keep + 1 :])
+        return losses.sum(1) / self.tokens(batch)
+
+    @staticmethod
+    def tokens(batch: dict[str, Any]) -> Tensor:
+        """T, the tokens that each example's loss is a mean over: (examples,) int64."""
+        return (batch["labels"][:, -batch["logits_to_keep"] + 1 :] != IGNORED).sum(1)
 
     def measures(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The losses."""

@@ -78,11 +78,11 @@ def build(
     validation = _short_first(held_out)
     training, size = run.training, run.training.evaluation_batch_size
     model = load_model(model_config, run.peft, training.seed)
-    _refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
+    refuse_what_does_not_fit(model, [*examples, *held_out], _most_new_tokens(run.objective))
     run, notes = _with_settled_lengths(run, model, objective, data, examples, splits[0], tokenizer)
     own = own_batches(run, objective, data, examples, splits[0], tokenizer)
     for _, batches in own.values():
-        _refuse_what_does_not_fit(model, batches.examples)
+        refuse_what_does_not_fit(model, batches.examples)
     trainer = Trainer(
         model,
         objective,
@@ -152,11 +152,14 @@ def _refuse_to_lose_the_model(run: RunFile) -> None:
             raise UserError(f"{key}: {name!r} lies in the output folder, which --overwrite would empty; choose another")
 
 
-def _refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 0) -> None:
+def refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 0) -> None:
     """Token ids and lengths beyond the model's tables would end in an index error at some later step.
 
     Args:
         new_tokens: most tokens that are written after an example.
+
+    Raises:
+        UserError: naming the key to change.
     """
     rows = [[*example.prompt, *getattr(example, "completion", ())] for example in examples]
     table, longest = model.get_input_embeddings().num_embeddings, max(map(len, rows)) + new_tokens

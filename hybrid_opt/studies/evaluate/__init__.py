@@ -1,0 +1,1 @@
+"""What `hybrid-opt evaluate` measures: models on sets of rows. Next: `subject.py`."""
