@@ -7,6 +7,7 @@ narrower than what the two intervals would say.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,16 @@ def evaluated(
         model, tokenizer = load_model(config, None, subject.seed).to(_device(subject.device)), load_tokenizer(config)
         for name, own in subject.sets.items():
             told = f"{label} on {own.data.train}"
-            found[label, name] = _values(model, tokenizer, own, subject.seed, rows, batch_size or subject.batch_size, lambda n, of, told=told: say(f"{told}: {n} of {of}"))  # fmt: skip
+            with subject.naming(name):
+                found[label, name] = _values(
+                    model,
+                    tokenizer,
+                    own,
+                    subject.seed,
+                    rows,
+                    batch_size or subject.batch_size,
+                    partial(_tell, say, told),
+                )
         del model
     for name in subject.sets:
         for label in subject.models:
@@ -121,6 +131,10 @@ def _summarised(name: str, label: str, values: Values, base: Values | None) -> I
         yield Measured(name, label, measure, len(of_rows), *interval(_known(of_rows)), *difference)
     if NATS in values:
         yield Measured(name, label, "perplexity", len(values[NATS]), *perplexity(values[NATS], values[TOKENS]))
+
+
+def _tell(say: Callable[[str], None], what: str, done: int, of: int) -> None:
+    say(f"{what}: {done} of {of}")
 
 
 def _known(values: Any) -> list[float]:

@@ -3,8 +3,9 @@
 One idea: whatever is named (a run, a model, a file of rows), it ends as models by label and sets of rows by label.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hybrid_opt.config.data import Data
@@ -38,6 +39,16 @@ class Subject:
     batch_size: int = 16
     """Examples in a forward pass."""
     device: str = "auto"
+    named_by: Mapping[str, str] = field(default_factory=dict)
+    """Options that named sets of rows, by their labels."""
+
+    @contextmanager
+    def naming(self, label: str) -> Iterator[None]:
+        """Inside, errors about a set's rows begin with the option that named them."""
+        try:
+            yield
+        except UserError as error:
+            raise UserError(f"{self.named_by[label]}: {error}" if label in self.named_by else str(error)) from None
 
     def code(self) -> list[Named]:
         """Code that evaluating would run."""
@@ -85,10 +96,11 @@ def subject(
     if second is not None:
         sets[SECOND] = _given(second, text or TEXT, found)
     models = {**({BASE: start} if start else {}), EVALUATED: model}
+    named_by = ({OWN: "--data"} if data else {}) | ({SECOND: "--forgetting"} if second else {})
     if found is None:
-        return Subject(models, sets)
-    device = getattr(found.engine, "device", "auto")
-    return Subject(models, sets, found.training.seed, found.training.evaluation_batch_size, device)
+        return Subject(models, sets, named_by=named_by)
+    training, device = found.training, getattr(found.engine, "device", "auto")
+    return Subject(models, sets, training.seed, training.evaluation_batch_size, device, named_by)
 
 
 def _models(target: str, folder: Path, run: RunFile | None) -> tuple[Model, Model | None]:

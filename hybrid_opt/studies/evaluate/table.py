@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from hybrid_opt.config.data import Data
 from hybrid_opt.reports.wording import with_interval
 from hybrid_opt.studies.evaluate.measuring import Measured
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, SECOND, Subject
@@ -30,8 +31,7 @@ def evaluation_table(subject: Subject, found: Sequence[Measured]) -> Table:
     if BASE in subject.models:
         table.add_column("difference", justify="right")
     for name, own in subject.sets.items():
-        data = own.data
-        rows = data.train if data.validation is None or isinstance(data.validation, float) else data.validation
+        rows = _rows_of(own.data)
         measured = [m for m in found if m.set == name]
         for i, measure in enumerate(dict.fromkeys(m.measure for m in measured)):
             of = {m.model: m for m in measured if m.measure == measure}
@@ -43,6 +43,13 @@ def evaluation_table(subject: Subject, found: Sequence[Measured]) -> Table:
             ]
             table.add_row(where, measure, *cells, *([_difference(of[EVALUATED])] if BASE in subject.models else []))
     return table
+
+
+def _rows_of(data: Data) -> str:
+    """What to call them: a file or a hub id, or a built-in task."""
+    set_aside = isinstance(data.validation, float)
+    source = data.train if set_aside or data.validation is None else data.validation
+    return (source if isinstance(source, str) else source.task) + ", held out" * set_aside
 
 
 def verdict(found: Sequence[Measured]) -> str | None:
