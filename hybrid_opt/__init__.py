@@ -5,7 +5,7 @@ The public names, imported when first used, so that the command line starts at o
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrid_opt.config import RunFile, ScheduleFile, load_run, load_schedule
@@ -95,7 +95,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'hybrid_opt' has no attribute {name!r}")
     return getattr(importlib.import_module(f"hybrid_opt.{_HOME[name]}"), name)

@@ -16,7 +16,7 @@ class EnergyMeter:
         device: whose.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self.joules, self.counters, self.at = 0.0, _counters(), time.perf_counter()
 

@@ -3,9 +3,13 @@
 import os
 import warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+if TYPE_CHECKING:  # commands start without pydantic
+    from hybrid_opt.config.explaining import Source
+    from hybrid_opt.config.run import RunFile
 
 RunPath = Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The run file.", show_default=False)]
 Overrides = Annotated[
@@ -26,7 +30,8 @@ AllowCode = Annotated[
 ]
 
 
-def load(run: Path, overrides: list[str] | None, schedule: str | None):
+def load(run: Path, overrides: list[str] | None, schedule: str | None) -> "tuple[RunFile, Source]":
+    """The run file that a command names, with its overrides, and where each key was written."""
     from hybrid_opt.config import load_run_and_source
 
     return load_run_and_source(run, overrides or (), schedule)

@@ -1,6 +1,7 @@
 """The command plan. Next: `../checking.py`, `../planning/prediction.py`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -102,7 +103,7 @@ def _sizes(names: list[str], device: str, world_size: int, batch_size: int, toke
         console.print(part, highlight=False)
 
 
-def _writer(path: Path | None):
+def _writer(path: Path | None) -> Callable[[dict], None]:
     def write(document: dict) -> None:
         from hybrid_opt.training.durable import write_atomically
 

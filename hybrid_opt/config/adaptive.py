@@ -3,7 +3,7 @@
 One idea: blocks of equal cost, each of one estimator, judged by what the loss on the probe rows has fallen for it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -39,7 +39,7 @@ class Adaptive(Strict):
 
     @field_validator("estimators")
     @classmethod
-    def _are_different(cls, names):
+    def _are_different(cls, names: Any) -> Any:
         if len(set(names)) < len(names):
             raise ValueError(f"{list(names)} names an estimator twice; write each once")
         return names

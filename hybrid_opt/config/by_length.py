@@ -7,6 +7,7 @@ that suit it, in the same step.
 from typing import Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import Fraction, PositiveInt, Strict
 
@@ -35,7 +36,7 @@ class ByLength(Strict):
     """Leave long examples out, to see what they bring: the other estimator acts alone, with its weight as it is."""
 
     @model_validator(mode="after")
-    def _are_different(self):
+    def _are_different(self) -> Self:
         if self.long == self.short:
             raise ValueError(f"long and short are both {self.long!r}; name two estimators, or use type: single")
         return self

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import Fraction, Strict, Text
 from hybrid_opt.config.tasks import BuiltInTask, Task
@@ -40,7 +41,7 @@ class Data(Strict):
     """End each completion with the end-of-text token (causal_lm), and separate packed texts with it."""
 
     @model_validator(mode="after")
-    def _one_format(self):
+    def _one_format(self) -> Self:
         given = [name for name in ("prompt", "messages", "text") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -54,7 +55,7 @@ class Data(Strict):
         return self
 
     @model_validator(mode="after")
-    def _splits_suit_source(self):
+    def _splits_suit_source(self) -> Self:
         if not isinstance(self.train, Task):
             return self
         if self.split != "train" or self.subset is not None:

@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import Fraction, Number, PositiveInt, Strict
 
@@ -28,7 +29,7 @@ class Divergence(Strict):
         return self.rises_for is not None or self.action == "roll_back"
 
     @model_validator(mode="after")
-    def _says_when(self):
+    def _says_when(self) -> Self:
         if self.loss_above is None and self.rises_for is None and self.action == "stop":
             raise ValueError(
                 "it says neither when a run diverges nor to go back, and a loss that is not finite ends a run anyway; write "

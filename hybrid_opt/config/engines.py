@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
 
@@ -68,7 +69,7 @@ class ZeroEngine(Strict):
     start."""
 
     @model_validator(mode="after")
-    def _offload_suits_stage(self):
+    def _offload_suits_stage(self) -> Self:
         if self.offload_param is not None and self.zero_stage != 3:
             raise ValueError(
                 f"offload_param needs zero_stage 3 (stage {self.zero_stage} keeps whole weights on the device); write "
@@ -77,7 +78,7 @@ class ZeroEngine(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_precision(self):
+    def _one_precision(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 are both true; keep one of them")
         return self

@@ -8,6 +8,7 @@ from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.align import Align
 from hybrid_opt.config.forward_gradient import ForwardGradient
@@ -72,7 +73,7 @@ class Backprop(LearningRate):
     nothing, as for experts that few batches come by."""
 
     @model_validator(mode="after")
-    def _one_split(self):
+    def _one_split(self) -> Self:
         if self.micro_batch_size is not None and self.accumulation > 1:
             raise ValueError("accumulation and micro_batch_size both say how a batch is split; keep one of them")
         return self
@@ -87,7 +88,7 @@ class Backprop(LearningRate):
 
     @field_validator("optimizer_arguments")
     @classmethod
-    def _learning_rate_has_one_place(cls, arguments):
+    def _learning_rate_has_one_place(cls, arguments: Any) -> Any:
         if "lr" in arguments:
             raise ValueError("'lr' belongs in learning_rate, not in optimizer_arguments")
         return arguments

@@ -4,6 +4,7 @@ One idea: a set of rows is the `data` and `objective` sections of a run file, in
 """
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.data import Data
 from hybrid_opt.config.objectives import Objective
@@ -20,6 +21,6 @@ class RowSet(Strict):
     """Whose measures are taken: a loss, accuracy, a reward."""
 
     @model_validator(mode="after")
-    def _objective_suits_data(self):
+    def _objective_suits_data(self) -> Self:
         refuse_unsuited_data(self.objective, self.data)
         return self

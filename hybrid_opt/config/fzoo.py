@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.perturbations import DensePerturbation, Perturbation
 from hybrid_opt.config.probing import Probing
@@ -28,7 +29,7 @@ class Fzoo(Probing):
     weights and on the examples of that step: N/2 + 1 forward passes (in the first step N + 1)."""
 
     @model_validator(mode="after")
-    def _halves_can_be_reused(self):
+    def _halves_can_be_reused(self) -> Self:
         if not self.reuse:
             return self
         n = self.population_size

@@ -5,9 +5,10 @@ One idea: where guides come from, how they are stored and how probes use them ar
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.perturbations import DensePerturbation, Perturbation
 from hybrid_opt.config.probing import Probing
@@ -126,7 +127,7 @@ class Guided(Probing):
 
     @field_validator("perturbation")
     @classmethod
-    def _guides_are_dense(cls, perturbation):
+    def _guides_are_dense(cls, perturbation: Any) -> Any:
         if not isinstance(perturbation, DensePerturbation):
             raise ValueError(
                 "a guide has a value for each weight, which low rank noise cannot follow; write perturbation: {type: dense}"
@@ -139,7 +140,7 @@ class Guided(Probing):
         return perturbation
 
     @model_validator(mode="after")
-    def _some_pairs_are_random(self):
+    def _some_pairs_are_random(self) -> Self:
         if self.pairs <= self.guides.count:
             raise ValueError(
                 f"pairs: {self.pairs} leaves no pair to look beyond {self.guides.count} guides, so what they miss would stay unknown; "

@@ -6,6 +6,7 @@ One idea: a rule may name its layers by how many there are to be, and a measurem
 from typing import Literal
 
 from pydantic import model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict
 
@@ -28,7 +29,7 @@ class Importance(Strict):
     """Of `sensitivity`: standard deviation of the noise on a weight."""
 
     @model_validator(mode="after")
-    def _options_are_used(self):
+    def _options_are_used(self) -> Self:
         unused = {"probes", "sigma"} & self.model_fields_set
         if self.by == "gradient_norm" and unused:
             raise ValueError(
@@ -36,5 +37,5 @@ class Importance(Strict):
             )
         return self
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"the top {self.top} by {self.by}"

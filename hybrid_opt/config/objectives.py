@@ -3,7 +3,7 @@
 One idea: an objective is a `type` with its own options, and each says what it needs of the data.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -34,7 +34,7 @@ class Function(Strict):
 
     @field_validator("function")
     @classmethod
-    def _names_a_function(cls, path):
+    def _names_a_function(cls, path: Any) -> Any:
         if not FUNCTION.fullmatch(path):
             raise ValueError(f"{path!r} is not of the form module:function, such as losses:my_losses")
         return path

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.perturbations import DensePerturbation, LowRankPerturbation, Perturbation
 from hybrid_opt.config.steps import DirectStep
@@ -87,7 +88,7 @@ class EvolutionStrategy(Probing):
     see the same ones."""
 
     @model_validator(mode="after")
-    def _population_suits_options(self):
+    def _population_suits_options(self) -> Self:
         n = self.population_size
         if self.antithetic and n % 2:
             raise ValueError(

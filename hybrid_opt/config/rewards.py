@@ -7,6 +7,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import NonNegativeFloat, PositiveFloat, PositiveInt, Strict
 
@@ -49,7 +50,7 @@ class Generation(Strict):
     may be code to vLLM, and need `--allow-code`."""
 
     @model_validator(mode="after")
-    def _options_suit(self):
+    def _options_suit(self) -> Self:
         if self.temperature == 0 and (self.top_k is not None or self.top_p < 1):
             raise ValueError(
                 "top_k and top_p are for sampling, but temperature is 0; write a temperature, or drop them"

@@ -7,6 +7,7 @@ the run folder. Next: `loading.py`, which makes it from YAML files and command-l
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.by_length import ByLength
@@ -42,7 +43,7 @@ class Model(Strict):
     """Run Python code that comes with the model; it needs `--allow-code` too."""
 
     @model_validator(mode="after")
-    def _one_origin(self):
+    def _one_origin(self) -> Self:
         if (self.name is None) == (self.config is None):
             raise ValueError("a model needs either name (alias, hub id or folder) or config (random weights)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
@@ -140,12 +141,12 @@ class RunFile(Strict):
 
     @field_validator("report_to")
     @classmethod
-    def _names_integrations(cls, names):
+    def _names_integrations(cls, names: Any) -> Any:
         reporters(names)
         return names
 
     @model_validator(mode="after")
-    def _objectives_suit_data(self):
+    def _objectives_suit_data(self) -> Self:
         refuse_unsuited_data(self.objective, self.data)
         for name, own in self.objectives.items():
             refuse_unsuited_data(own.objective, own.data or self.data, f"objectives.{name}." if own.data else "")
@@ -156,7 +157,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _best_weights_can_be_told(self):
+    def _best_weights_can_be_told(self) -> Self:
         divergence = self.training.divergence
         if divergence and divergence.needs_evaluations and self.data.validation is None:
             raise ValueError(
@@ -165,7 +166,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _objectives_have_estimators(self):
+    def _objectives_have_estimators(self) -> Self:
         for name in self.objectives:
             if name not in self.schedule.estimators:
                 raise ValueError(
@@ -190,7 +191,7 @@ class RunFile(Strict):
         return own.batch_size if own and own.batch_size else self.training.batch_size
 
     @model_validator(mode="after")
-    def _lengths_are_of_one_kind(self):
+    def _lengths_are_of_one_kind(self) -> Self:
         schedule = self.schedule.schedule
         if not isinstance(schedule, ByLength):
             return self
@@ -206,7 +207,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _memory_can_be_tried(self):
+    def _memory_can_be_tried(self) -> Self:
         if self.training.memory_budget is not None and isinstance(self.engine, ZeroEngine):
             raise ValueError(
                 "training.memory_budget: DeepSpeed lays out the memory of all that backprop may ever own before the first step, so nothing can be "
@@ -215,7 +216,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _precision_is_one(self):
+    def _precision_is_one(self) -> Self:
         engine, given = self.engine, "dtype" in self.model.model_fields_set
         for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
             wanted = getattr(engine, key, None)
@@ -226,7 +227,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _whole_copy_is_possible(self):
+    def _whole_copy_is_possible(self) -> Self:
         for name, estimator in self.schedule.estimators.items() if isinstance(self.engine, ZeroEngine) else ():
             if (
                 self.engine.zero_stage == 3
@@ -239,7 +240,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _rounding_suits_dtype(self):
+    def _rounding_suits_dtype(self) -> Self:
         if self.engine.master_weights == "stochastic_rounding" and self.model.dtype == "float16":
             raise ValueError(
                 "engine.master_weights stochastic_rounding rounds to bfloat16, but model.dtype is float16; write fp32, or "
@@ -248,7 +249,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _examples_suffice(self):
+    def _examples_suffice(self) -> Self:
         for name, estimator in self.schedule.estimators.items():
             if not isinstance(estimator, Probing):
                 continue
@@ -264,7 +265,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _budget_is_spent(self):
+    def _budget_is_spent(self) -> Self:
         budget = self.training.budget
         counts_forwards = budget is not None and budget.seconds is None and self.training.steps is None
         if counts_forwards and (names := self.schedule.lasts_without_forwards(self.schedule.schedule)):
@@ -275,7 +276,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _blocks_are_measured(self):
+    def _blocks_are_measured(self) -> Self:
         if isinstance(self.schedule.schedule, Adaptive) and not self.training.probe_rows:
             raise ValueError(
                 "an adaptive schedule goes by the loss on probe rows; write training.probe_rows, such as 32"
@@ -283,7 +284,7 @@ class RunFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _gradient_exists(self):
+    def _gradient_exists(self) -> Self:
         for name, estimator in self.schedule.estimators.items():
             objective = self.objective_of(name)
             if not estimator.differentiates:

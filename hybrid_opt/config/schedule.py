@@ -6,9 +6,10 @@ is defined in it. Next: `run.py`, the file that puts a schedule to work on a mod
 
 import difflib
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.adaptive import Adaptive
 from hybrid_opt.config.by_length import ByLength
@@ -48,7 +49,7 @@ class Rule(Strict):
 
     @field_validator("match")
     @classmethod
-    def _is_regular_expression(cls, pattern):
+    def _is_regular_expression(cls, pattern: Any) -> Any:
         try:
             re.compile(pattern or "")
         except re.error as error:
@@ -57,7 +58,7 @@ class Rule(Strict):
 
     @field_validator("layers", mode="before")
     @classmethod
-    def _layers_are_readable(cls, layers):
+    def _layers_are_readable(cls, layers: Any) -> Any:
         layers = str(layers) if isinstance(layers, int) and not isinstance(layers, bool) else layers
         if isinstance(layers, str) and not re.fullmatch(r"\d{1,9}(-\d{1,9})?|(first|last)-[1-9]\d{0,8}", layers):
             raise ValueError(f"{layers!r} names no layers; write a number, a range such as 20-29, first-2 or last-4")
@@ -68,7 +69,7 @@ class Rule(Strict):
         return layers
 
     @model_validator(mode="after")
-    def _one_selector(self):
+    def _one_selector(self) -> Self:
         if (self.match is None) == (self.layers is None):
             raise ValueError("a rule needs either match (a regular expression) or layers (such as 20-29)")
         if self.use == ():
@@ -115,7 +116,7 @@ class Blend(Strict):
 
     @field_validator("weights")
     @classmethod
-    def _somebody_always_acts(cls, weights):
+    def _somebody_always_acts(cls, weights: Any) -> Any:
         ramps = [w if isinstance(w, Ramp) else Ramp(start=w, end=w, over=1) for w in weights.values()]
         if all(ramp.start == 0 for ramp in ramps) or all(ramp.end == 0 for ramp in ramps):
             raise ValueError("all weights are 0 at the start or at the end, so no estimator would act")
@@ -172,7 +173,7 @@ class Phases(Strict):
 
     @field_validator("phases")
     @classmethod
-    def _lengths_are_clear(cls, phases):
+    def _lengths_are_clear(cls, phases: Any) -> Any:
         for number, phase in enumerate(phases):
             if problem := _problem_of_length(phase, is_last=number == len(phases) - 1):
                 raise ValueError(f"phase {number} {problem}")
@@ -242,7 +243,7 @@ class ScheduleFile(Strict):
     """Who acts when."""
 
     @model_validator(mode="after")
-    def _names_are_defined(self):
+    def _names_are_defined(self) -> Self:
         left_out = [self.schedule.long] if isinstance(self.schedule, ByLength) else []
         for name in acting_names(self.schedule) + left_out:
             self._known(name, "the schedule")
@@ -259,7 +260,7 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _gradients_set_the_threshold(self):
+    def _gradients_set_the_threshold(self) -> Self:
         schedule = self.schedule
         automatic = isinstance(schedule, ByLength) and schedule.length_threshold == "auto"
         if automatic and not isinstance(self.estimators[schedule.short], Backprop):
@@ -270,14 +271,14 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _one_backprop(self):
+    def _one_backprop(self) -> Self:
         names = [name for name, e in self.estimators.items() if isinstance(e, Backprop)]
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} are both backprop, but there is one optimizer; keep one of them")
         return self
 
     @model_validator(mode="after")
-    def _backprop_leaves_gradients(self):
+    def _backprop_leaves_gradients(self) -> Self:
         acting = acting_names(self.schedule)
         needing = [name for name in acting if self.estimators[name].needs_gradient]
         if needing and not any(isinstance(self.estimators[name], Backprop) for name in acting):
@@ -290,7 +291,7 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _trust_has_a_measure(self):
+    def _trust_has_a_measure(self) -> Self:
         acting = acting_names(self.schedule)
         trusting = next((name for name in acting if getattr(self.estimators[name], "trust", None)), None)
         if trusting and not any(isinstance(self.estimators[name], Backprop) for name in acting):
@@ -301,7 +302,7 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _optimizer_has_first_moment(self):
+    def _optimizer_has_first_moment(self) -> Self:
         backprop = self.backprop
         for name in acting_names(self.schedule):
             own = self.estimators[name]
@@ -313,7 +314,7 @@ class ScheduleFile(Strict):
         return self
 
     @model_validator(mode="after")
-    def _tokens_are_processed(self):
+    def _tokens_are_processed(self) -> Self:
         for number, phase in enumerate(self.phases):
             if phase.tokens and (names := self.lasts_without_forwards(phase.schedule)):
                 raise ValueError(
@@ -348,7 +349,7 @@ class ScheduleFile(Strict):
         names = lasting_names(schedule)
         return " and ".join(names) if all(isinstance(self.estimators[n], StaleGradient) for n in names) else ""
 
-    def _known(self, name: str, where: str):
+    def _known(self, name: str, where: str) -> None:
         if name not in self.estimators:
             near = difflib.get_close_matches(name, self.estimators, n=1, cutoff=0)
             raise ValueError(

@@ -9,6 +9,7 @@ from math import prod
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import Decay, NonNegativeFloat, NonNegativeInt, PositiveFloat, Strict
 from hybrid_opt.config.wrappers import Wrapper
@@ -49,7 +50,7 @@ class LearningRate(Strict):
     `keep` leaves it; `decay` makes it what it would be had the gradients of those steps been 0; `reset` forgets it."""
 
     @model_validator(mode="after")
-    def _constant_has_no_warmup(self):
+    def _constant_has_no_warmup(self) -> Self:
         if self.learning_rate_schedule == "constant" and self.warmup_steps:
             raise ValueError(
                 "learning_rate_schedule 'constant' has no warm-up; write 'constant_with_warmup' or drop warmup_steps"
@@ -57,7 +58,7 @@ class LearningRate(Strict):
         return self
 
     @model_validator(mode="after")
-    def _there_is_state_to_treat(self):
+    def _there_is_state_to_treat(self) -> Self:
         if self.state_on_switch != "keep" and (reason := self.untreated()):
             raise ValueError(f"state_on_switch: {self.state_on_switch}: {reason}")
         return self
@@ -139,7 +140,7 @@ class DirectStep(LearningRate):
         return ""
 
     @model_validator(mode="after")
-    def _replayed_estimates_come_from_keys(self):
+    def _replayed_estimates_come_from_keys(self) -> Self:
         replaying = next((wrapper.type for wrapper in self.wrappers if wrapper.replays), None)
         instead = (
             "write update: {type: momentum}, which keeps a buffer"
@@ -155,7 +156,7 @@ class DirectStep(LearningRate):
         return self
 
     @model_validator(mode="after")
-    def _replaying_wrappers_find_what_they_replay(self):
+    def _replaying_wrappers_find_what_they_replay(self) -> Self:
         kinds = [wrapper.type for wrapper in self.wrappers]
         replaying = [wrapper.type for wrapper in self.wrappers if wrapper.replays]
         if len(replaying) > 1:
@@ -176,7 +177,7 @@ class DirectStep(LearningRate):
         return False
 
     @model_validator(mode="after")
-    def _wrappers_find_noise(self):
+    def _wrappers_find_noise(self) -> Self:
         shaping = [wrapper for wrapper in self.wrappers if wrapper.shapes_noise]
         for wrapper in shaping:
             if reason := self.unsuited(wrapper):

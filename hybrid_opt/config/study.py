@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict, Text
@@ -36,7 +37,7 @@ class StudyBudget(Budget):
     """Most memory during a step, such as `1.7GB`. An arm that needs more takes the first rung of `fit` with which it does not."""
 
     @model_validator(mode="after")
-    def _one_currency(self):
+    def _one_currency(self) -> Self:
         if len(self.model_dump(exclude_none=True, exclude={"peak_memory"})) != 1:
             raise ValueError("a study's budget is exactly one of seconds, tokens, forward_equivalents and steps")
         return self
@@ -83,7 +84,7 @@ class LearningRateSampling(Strict):
         return self.trials
 
     @model_validator(mode="after")
-    def _low_is_lower(self):
+    def _low_is_lower(self) -> Self:
         if self.low >= self.high:
             raise ValueError(f"low {self.low} is not below high {self.high}")
         return self
@@ -132,7 +133,7 @@ class StudyFile(Strict):
 
     @field_validator("seeds", "baselines", "budgets")
     @classmethod
-    def _each_once(cls, values):
+    def _each_once(cls, values: Any) -> Any:
         for i, value in enumerate(values):
             if value in values[:i]:
                 raise ValueError(f"{getattr(value, 'label', value)} is written twice")
@@ -140,7 +141,7 @@ class StudyFile(Strict):
 
     @field_validator("axes")
     @classmethod
-    def _levels_are_clear(cls, axes):
+    def _levels_are_clear(cls, axes: Any) -> Any:
         for key, levels in axes.items():
             if not levels:
                 raise ValueError(f"{key} has no values")
@@ -154,7 +155,7 @@ class StudyFile(Strict):
         return axes
 
     @model_validator(mode="after")
-    def _changes_are_of_runs(self):
+    def _changes_are_of_runs(self) -> Self:
         for where, key in self._changed_fields():
             if key.split(".")[0] not in RunFile.model_fields:
                 raise ValueError(f"{where}: {key!r} is not a field of a run file, such as training.batch_size")
@@ -174,7 +175,7 @@ class StudyFile(Strict):
         return ((where, key) for where, changes in named.items() for key in changes)
 
     @model_validator(mode="after")
-    def _memory_can_be_fitted(self):
+    def _memory_can_be_fitted(self) -> Self:
         if self.fit and not any(budget.peak_memory for budget in self.budgets):
             raise ValueError("fit is for budgets with peak_memory, and none has one")
         return self

@@ -6,6 +6,7 @@ One idea: a task is its options and a seed; the rows follow from them, so nothin
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import NonNegativeInt, PositiveInt, Strict, Text
 
@@ -74,7 +75,7 @@ class Arithmetic(Task):
     """Operators to choose from; `*` binds before `+` and `-`."""
 
     @model_validator(mode="after")
-    def _numbers_exist(self):
+    def _numbers_exist(self) -> Self:
         if self.smallest > self.largest:
             raise ValueError(f"smallest {self.smallest} is above largest {self.largest}; swap them")
         return self
@@ -101,7 +102,7 @@ class ReasoningGym(Task):
 
     @field_validator("options")
     @classmethod
-    def _seed_and_size_have_one_place(cls, options):
+    def _seed_and_size_have_one_place(cls, options: Any) -> Any:
         for key, home in (("seed", "seed"), ("size", "rows")):
             if key in options:
                 raise ValueError(f"{key!r} belongs in {home}, beside options")

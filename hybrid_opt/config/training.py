@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import ByteSize, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.keeping import Keeping
@@ -21,7 +22,7 @@ class Budget(Strict):
     backward pass for 2, with gradient checkpointing for 3."""
 
     @model_validator(mode="after")
-    def _one_currency(self):
+    def _one_currency(self) -> Self:
         if len(self.model_dump(exclude_none=True)) != 1:
             raise ValueError("a budget is exactly one of seconds, tokens and forward_equivalents")
         return self
@@ -68,13 +69,13 @@ class Training(Keeping):
     what torch allocates, elsewhere the whole process. Left out: what the policy and the estimators say."""
 
     @model_validator(mode="after")
-    def _has_an_end(self):
+    def _has_an_end(self) -> Self:
         if self.steps is None and self.budget is None:
             raise ValueError("say how long to train: steps, or a budget such as {seconds: 600}")
         return self
 
     @model_validator(mode="after")
-    def _knows_the_best(self):
+    def _knows_the_best(self) -> Self:
         if self.divergence and self.divergence.needs_evaluations and not self.evaluate_every:
             raise ValueError(
                 "divergence: rises_for and roll_back go by evaluations along the way; write evaluate_every, or loss_above alone"

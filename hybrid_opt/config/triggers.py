@@ -4,6 +4,7 @@ One idea: whatever a step or an evaluation measures has a name, and a trigger as
 """
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import PositiveInt, Strict
 from hybrid_opt.errors import did_you_mean
@@ -69,13 +70,13 @@ class Trigger(Strict):
     """Measurements in a row that must meet it."""
 
     @model_validator(mode="after")
-    def _one_limit(self):
+    def _one_limit(self) -> Self:
         if (self.above is None) == (self.below is None):
             raise ValueError("a trigger needs either above or below; write one of them")
         return self
 
     @model_validator(mode="after")
-    def _signal_exists(self):
+    def _signal_exists(self) -> Self:
         estimator, dot, name = self.signal.rpartition(".")
         known = OF_ESTIMATORS if dot else {**COUNTED, **MEASURED}
         if name not in known or (dot and not estimator):
@@ -95,6 +96,6 @@ class Trigger(Strict):
         """Whether a value is beyond the limit."""
         return value > self.above if self.above is not None else value < self.below
 
-    def __str__(self):
+    def __str__(self) -> str:
         limit = f"above {self.above:g}" if self.above is not None else f"below {self.below:g}"
         return f"{self.signal} {limit}" + (f" {self.in_a_row} times in a row" if self.in_a_row > 1 else "")

@@ -35,12 +35,12 @@ class _Loader(yaml.SafeLoader):
         for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, text: str):
+    def __init__(self, text: str) -> None:
         super().__init__(text)
         self.depth = self.values = 0
         self.whole: dict[yaml.Node, int] = {}  # values in each finished node
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: Any, index: Any) -> Any:
         before = self.values
         self.depth += 1
         mark = self.peek_event().start_mark
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
-    def construct_object(self, node, deep=False):
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
         if node.tag not in TAGS:
             raise _problem(f"the tag {node.tag!r} is not known here; write a plain value", node.start_mark)
         try:
@@ -66,19 +66,19 @@ class _Loader(yaml.SafeLoader):
             kind = node.tag.rpartition(":")[2]
             raise _problem(f"{node.value[:20]!r} is no {kind}", node.start_mark) from error
 
-    def construct_scalar(self, node):
+    def construct_scalar(self, node: Any) -> Any:
         text = super().construct_scalar(node)
         if re.search(r"[\0\ud800-\udfff]", text):
             raise _problem("a text holds a NUL or half a character (\\0, \\ud800)", node.start_mark)
         return text
 
-    def construct_yaml_int(self, node):
+    def construct_yaml_int(self, node: Any) -> Any:
         number = super().construct_yaml_int(node)
         if abs(number) > LARGEST:
             raise _problem("a whole number has more than 63 bits", node.start_mark)
         return number
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             key = None if key_node.tag.endswith(":merge") else self.construct_object(key_node, deep=True)

@@ -57,7 +57,7 @@ class DeepSpeedSettings:
         UserError: the file cannot be read, or contradicts the section.
     """
 
-    def __init__(self, engine: ZeroEngine):
+    def __init__(self, engine: ZeroEngine) -> None:
         self.engine = engine
         self.file = _read(engine.deepspeed_config)
 

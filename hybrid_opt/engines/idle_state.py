@@ -32,7 +32,7 @@ class IdleState:
         *,
         stays: bool,
         buffers: tuple[Callable[[], None], Callable[[], None]] | None,
-    ):
+    ) -> None:
         self.optimizer, self.stage, self.device = optimizer, stage, device
         self.after, self.stays, self.buffers = after, stays, buffers
         self.steps, self.is_away = 0, False

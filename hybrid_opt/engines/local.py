@@ -80,7 +80,7 @@ class LocalEngine:
         device: str = "auto",
         master_weights: str = "fp32",
         seed: int = 0,
-    ):
+    ) -> None:
         self.device = _device(device)
         self.model = model.to(self.device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -26,7 +26,7 @@ class MasterWeights:
         seed: decides the rounding.
     """
 
-    def __init__(self, how: str, seed: int):
+    def __init__(self, how: str, seed: int) -> None:
         self.keep, self.stochastic = how == "fp32", how == "stochastic_rounding"
         self.key = Key((seed, "rounding"))
 

@@ -4,6 +4,7 @@ One idea: phases may give backprop other parameters, and one optimizer serves th
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ def let_groups_rest(optimizer: torch.optim.Optimizer) -> None:
     """Hide the gradients of groups that rest from the optimizer's step, so that it leaves their weights and state alone."""
     hidden: list[tuple[Tensor, Tensor | None]] = []
 
-    def hide(optimizer, args, kwargs):
+    def hide(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             for p in group["params"] if group.get("rests") else ():
                 hidden.append((p, p.grad))
                 p.grad = None
 
-    def show(optimizer, args, kwargs):
+    def show(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         while hidden:
             p, gradient = hidden.pop()
             p.grad = gradient

@@ -45,7 +45,7 @@ class Watch:
     often nothing was heard. It counts its own looks, not seconds, so that a job that was suspended as a whole goes on.
     """
 
-    def __init__(self, store: dist.Store, ranks: Ranks):
+    def __init__(self, store: dist.Store, ranks: Ranks) -> None:
         self.store, self.ranks = store, ranks
         self.missed = {rank: 0 for rank in range(ranks.world_size) if rank != ranks.rank}
         self._over = threading.Event()

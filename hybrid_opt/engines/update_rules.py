@@ -71,7 +71,7 @@ class Sgd:
 class Momentum:
     """`m <- beta m + g; w <- w - learning_rate * m`."""
 
-    def __init__(self, beta: float):
+    def __init__(self, beta: float) -> None:
         self.beta = beta
         self.running_sum: dict[str, Tensor] = {}
 
@@ -111,7 +111,7 @@ class Momentum:
 class Adam:
     """Adam with bias correction (Kingma & Ba, arXiv 1412.6980)."""
 
-    def __init__(self, beta1: float, beta2: float, epsilon: float):
+    def __init__(self, beta1: float, beta2: float, epsilon: float) -> None:
         self.beta1, self.beta2, self.epsilon = beta1, beta2, epsilon
         self.moments: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
 

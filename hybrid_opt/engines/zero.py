@@ -114,7 +114,7 @@ class ZeroEngine:
         *,
         config: ZeroEngineConfig,
         seed: int = 0,
-    ):
+    ) -> None:
         self.ranks = join_ranks()
         self.config, self.model, self.device, self.seed = config, model, self.ranks.device, seed
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -53,7 +53,7 @@ class Stage(Protocol):
 class Stage12:
     """Weights are whole on every rank; masters and reduced gradients of a flat buffer of all parameters are dealt out."""
 
-    def __init__(self, optimizer: Any):
+    def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         if optimizer is not None:
             _require(
@@ -113,7 +113,7 @@ class Stage12:
 class Stage3:
     """Every parameter is cut into equal parts, the last one padded; forward passes gather them and throw them away."""
 
-    def __init__(self, optimizer: Any, rank: int):
+    def __init__(self, optimizer: Any, rank: int) -> None:
         self.optimizer, self.rank = optimizer, rank
         self.trains = hasattr(optimizer, "fp16_groups")  # without anything to train DeepSpeed puts something else there
         if self.trains:

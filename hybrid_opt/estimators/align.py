@@ -30,7 +30,7 @@ class AlignEstimator:
     finite is left out: the projection is onto the span of the others.
     """
 
-    def __init__(self, config: Align):
+    def __init__(self, config: Align) -> None:
         self.config = config
         self.perturbation = build_perturbation(config)
 

@@ -21,7 +21,7 @@ class Anchor:
         names: parameters that are ever pulled.
     """
 
-    def __init__(self, engine: Engine, names: Collection[str]):
+    def __init__(self, engine: Engine, names: Collection[str]) -> None:
         self.start = {
             shard.name: torch.empty(shard.data.shape, dtype=torch.float32).copy_(shard.data)
             for shard in engine.shards(names)

@@ -5,7 +5,7 @@ up, and over which processes, is the engine's affair.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ BACKWARD, CHECKPOINTED_BACKWARD = 2.0, 3.0
 class BackpropEstimator:
     """`g = d/dw mean(losses)`, dropout on, its randomness derived from the step's key."""
 
-    def __init__(self, config: Backprop):
+    def __init__(self, config: Backprop) -> None:
         self.config = config
 
     def check(self, engine: Engine, names: Collection[str]) -> None:
@@ -94,7 +94,7 @@ class BackpropEstimator:
         first = torch.zeros(1, dtype=torch.int64)
         return [(select(batch, cut if len(cut) else first), examples, not len(cut)) for cut in cuts]
 
-    def _autocast(self, device: torch.device):
+    def _autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         if self.config.autocast is None:
             return nullcontext()
         return torch.autocast(device.type, dtype=getattr(torch, self.config.autocast))

@@ -23,7 +23,7 @@ class Compared:
         names: parameters of the reference.
     """
 
-    def __init__(self, estimate: Estimate, reference: Estimate, names: Collection[str]):
+    def __init__(self, estimate: Estimate, reference: Estimate, names: Collection[str]) -> None:
         self.estimate, self.reference, self.names = estimate, reference, names
         self.products: list[Tensor] = []
         """For each shard, on its device, inner products: of estimate and reference, of the estimate with itself, of the reference

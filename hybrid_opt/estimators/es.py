@@ -36,7 +36,7 @@ class EsEstimator:
     losses themselves make the estimate, it and its partner count for nothing, and the others are shaped as if they were all.
     """
 
-    def __init__(self, config: EvolutionStrategy):
+    def __init__(self, config: EvolutionStrategy) -> None:
         self.config = config
         self.perturbation = build_perturbation(config)
         self.watch = PopulationWatch()

@@ -19,7 +19,9 @@ class Followers:
         may_move: for each the parameters that it may ever move.
     """
 
-    def __init__(self, engine: Engine, estimators: Mapping[str, Estimator], may_move: Mapping[str, Collection[str]]):
+    def __init__(
+        self, engine: Engine, estimators: Mapping[str, Estimator], may_move: Mapping[str, Collection[str]]
+    ) -> None:
         self.engine = engine
         self.following = [
             (part, may_move[name])

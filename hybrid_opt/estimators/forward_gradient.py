@@ -42,7 +42,7 @@ class ForwardGradientEstimator:
     counts as 0.
     """
 
-    def __init__(self, config: ForwardGradient):
+    def __init__(self, config: ForwardGradient) -> None:
         self.config = config
         self.perturbation = DensePerturbation(directions_of(config.distribution), sigma=1.0)
         self._outside: dict[tuple[nn.Module, frozenset[str]], frozenset[str]] = {}

@@ -42,7 +42,7 @@ class FzooEstimator:
     for nothing, neither in the sum, which is still divided by N, nor in s, and is not reused. A `Remembers`.
     """
 
-    def __init__(self, config: Fzoo):
+    def __init__(self, config: Fzoo) -> None:
         self.config = config
         self.perturbation = build_perturbation(config)
         self.latest = Rises()

@@ -22,7 +22,7 @@ class PopulationWatch:
     `R = 1 - var(even parts) / mean(odd parts^2)`, pooled over steps; see `pair_statistics`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps = self.pairs = self.differ = 0
         self.odd = self.even = 0.0
         self.warned = False

@@ -31,7 +31,7 @@ class SpsaEstimator:
     A direction along which a loss is not finite counts for nothing, and the sum is still divided by q.
     """
 
-    def __init__(self, config: Spsa):
+    def __init__(self, config: Spsa) -> None:
         self.config = config
         self.perturbation = build_perturbation(config)
 

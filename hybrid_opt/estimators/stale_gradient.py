@@ -44,7 +44,7 @@ class StaleGradientEstimator:
     gradient of the step before. A `FollowsBackprop`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.latest: dict[str, tuple[int, Tensor]] = {}
 
     def check(self, engine: Engine, names: Collection[str]) -> None:

@@ -37,7 +37,7 @@ class LabelLosses:
 
     differentiable = True
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         if not self.knows(model):
             raise ValueError(
                 f"LabelLosses: the loss of {type(unwrapped(model)).__name__} is not known by example; pass objective=, a function "

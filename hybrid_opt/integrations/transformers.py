@@ -71,7 +71,7 @@ class HybridTraining:
         probe_dataset: Any = None,
         memory_budget: int | None = None,
         **options: Any,
-    ):
+    ) -> None:
         if missing := [name for name in NEEDED if not hasattr(Trainer, name)]:
             raise UserError(
                 f"transformers: this version's Trainer has no {missing[0]}, so the state of a schedule could not be saved; install one that "
@@ -249,7 +249,7 @@ class HybridTrainer(HybridTraining, Trainer):
 class StepsElsewhere(torch.optim.Optimizer):
     """What Trainer holds as its optimizer: the parameters and the present learning rate."""
 
-    def __init__(self, hybrid: HybridOptimizer):
+    def __init__(self, hybrid: HybridOptimizer) -> None:
         super().__init__(list(hybrid.engine.parameters.values()), {"lr": 0.0})
 
     def step(self, closure: Callable[[], float] | None = None) -> None:

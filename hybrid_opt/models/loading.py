@@ -10,6 +10,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -194,7 +195,7 @@ def with_adapters(model: PreTrainedModel, lora: Lora | None) -> PreTrainedModel:
     return adapted
 
 
-def _from_pretrained(auto_class, config: Model, name: str, key: str, **options):
+def _from_pretrained(auto_class: Any, config: Model, name: str, key: str, **options: Any) -> Any:
     place = model_folder(name)
     if key == "model.name" and os.path.isdir(place) and not (Path(place) / "config.json").exists():
         raise UserError(f"model.name: {name!r} is a folder without config.json, so it holds no transformers model")

@@ -18,7 +18,7 @@ class Key:
 
     __slots__ = ("text",)
 
-    def __init__(self, parts: Sequence[int | str]):
+    def __init__(self, parts: Sequence[int | str]) -> None:
         self.text = "".join(f"{part!r}," for part in parts)
 
     @classmethod
@@ -63,7 +63,7 @@ class StepKey(Key):
 
     __slots__ = ("origin",)
 
-    def __init__(self, seed: int, step: int, estimator: str):
+    def __init__(self, seed: int, step: int, estimator: str) -> None:
         super().__init__((seed, step, estimator))
         self.origin = (seed, step, estimator)
 

@@ -68,7 +68,7 @@ def _hash(word, k0, k1):
 
 
 @_compiled("void(uint32, uint32[::1], float32[::1], int64)")
-def _gaussian_block(first, key, out, words):
+def _gaussian_block(first, key, out, words) -> None:
     # Read once: for all that the compiler knows, a store to `out` might change them.
     k0, k1, k2, k3 = key[0], key[1], key[2], key[3]
     uniform = np.empty(words, f32)
@@ -100,7 +100,7 @@ def _gaussian_block(first, key, out, words):
 
 
 @_compiled("void(uint32, uint32[::1], float32[::1], int64)")
-def _rademacher_block(first, key, out, words):
+def _rademacher_block(first, key, out, words) -> None:
     k0, k1 = key[0], key[1]
     for j in range(words):
         bits = _hash(u32(first + u32(j)), k0, k1)
@@ -109,7 +109,7 @@ def _rademacher_block(first, key, out, words):
 
 
 @_compiled("void(uint32, uint32[::1], float32[::1], int64)")
-def _bits_block(first, key, out, words):
+def _bits_block(first, key, out, words) -> None:
     k0, k1 = key[0], key[1]
     for j in range(words):
         bits = _hash(u32(first + u32(j)), k0, k1)
@@ -118,7 +118,7 @@ def _bits_block(first, key, out, words):
 
 
 @_compiled("void(int64, int64, uint32[:, ::1], int64, float32[:, :])")
-def _fill(kind, per_word, keys, start, out):
+def _fill(kind, per_word, keys, start, out) -> None:
     """Values from `start` on for each key, where `start` need not be the first of its word."""
     values = np.empty(2 * WORDS, f32)
     size = len(values) // per_word
@@ -172,7 +172,7 @@ def _on_all_threads(count: int, work: int, piece: Callable[[int, int], None]) ->
 
 
 @_compiled("void(uint32[::1], int64, uint32, uint32[::1], uint16[::1])")
-def _round(key, start, shift, wide, out):
+def _round(key, start, shift, wide, out) -> None:
     k0, k1 = key[0], key[1]
     for i in range(len(wide)):
         at, raw = start + i, wide[i]

@@ -48,7 +48,9 @@ class ShuffledBatches:
     Examples that do not fill a last batch are left out of that time through.
     """
 
-    def __init__(self, examples: Sequence[Any], batch_size: int, collate: Callable[[Sequence[Any]], Any], seed: int):
+    def __init__(
+        self, examples: Sequence[Any], batch_size: int, collate: Callable[[Sequence[Any]], Any], seed: int
+    ) -> None:
         self.examples = examples
         self.batch_size = min(batch_size, len(examples))
         self.collate = collate
@@ -72,7 +74,7 @@ class ShuffledBatches:
 class IterableBatches:
     """A user's own iterable of batches, started again when it ends. Steps are asked for in order."""
 
-    def __init__(self, iterable: Iterable[Any]):
+    def __init__(self, iterable: Iterable[Any]) -> None:
         self.iterable = iterable
         self._next, self._iterator = 0, iter(iterable)
 

@@ -36,7 +36,7 @@ class CausalLmObjective:
 class CausalLmData:
     """Makes batches for `CausalLmObjective` from rows."""
 
-    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = config, tokenizer
 
     def encode(self, rows: Dataset) -> list[Example]:

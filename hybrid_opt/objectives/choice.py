@@ -37,7 +37,7 @@ class ChoiceObjective:
 
     differentiable = True
 
-    def __init__(self, choices: Sequence[Sequence[int]]):
+    def __init__(self, choices: Sequence[Sequence[int]]) -> None:
         self.choices = [tuple(choice) for choice in choices]
         self.prefixes = list(dict.fromkeys(choice[:-1] for choice in self.choices))
         self.keep = max(len(choice) for choice in self.choices)
@@ -74,7 +74,7 @@ class ChoiceData:
         UserError: a choice that gives no token.
     """
 
-    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: Data, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config, self.tokenizer = config, tokenizer
         tokens = tokenize(config.choices, tokenizer, special_tokens=False)
         for text, choice in zip(config.choices, tokens, strict=True):

@@ -67,7 +67,7 @@ class Tally(Protocol):
 class FunctionObjective:
     """An objective from a plain function `losses(model, batch) -> Tensor (examples,)`."""
 
-    def __init__(self, function: Callable[[nn.Module, Any], Tensor], differentiable: bool = True):
+    def __init__(self, function: Callable[[nn.Module, Any], Tensor], differentiable: bool = True) -> None:
         self.function = function
         self.differentiable = differentiable
 
@@ -97,7 +97,7 @@ class Closure:
 
     differentiable = True
 
-    def __init__(self, function: Callable[[], Tensor]):
+    def __init__(self, function: Callable[[], Tensor]) -> None:
         self.function = function
 
     def losses(self, model: nn.Module, batch: None) -> Tensor:

@@ -19,7 +19,7 @@ class Generators:
         device: the one whose generator counts beside the CPU's.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def state_dict(self) -> dict[str, Any]:

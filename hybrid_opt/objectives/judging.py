@@ -51,7 +51,7 @@ class Judges:
         timeout: most seconds for one call of a function.
     """
 
-    def __init__(self, judges: Sequence[Judge], on_error: str = "worst", timeout: float = 60.0):
+    def __init__(self, judges: Sequence[Judge], on_error: str = "worst", timeout: float = 60.0) -> None:
         self.judges, self.on_error, self.timeout = _told_apart(judges), on_error, timeout
         self._warned: set[str] = set()
 

@@ -5,7 +5,8 @@ vocabulary of 49152 the last layer is a fifth of SmolLM2-135M's work.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +60,11 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.neg_().masked_fill_(labels_flat == IGNORED, 0.0).view(labels.shape)
 
 
-def forward_of(model: nn.Module):
+def forward_of(model: nn.Module) -> Callable[..., Any]:
     """The forward of the model itself, inside the wrapper that peft puts around it."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
 
 
-def pad_token(tokenizer) -> int:
+def pad_token(tokenizer: Any) -> int:
     """An id to fill up rows with; the attention mask hides it, so any will do."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)

@@ -56,7 +56,7 @@ class RewardObjective:
         on_error: str = "worst",
         timeout: float = 60.0,
         rollout: Rollout | None = None,
-    ):
+    ) -> None:
         judges = [r if isinstance(r, Judge) else Judge(getattr(r, "__name__", type(r).__name__), r) for r in rewards]
         self.judges, self.tokenizer, self.generation = Judges(judges, on_error, timeout), tokenizer, generation
         self.rollout = rollout or Decoding(generation, tokenizer)
@@ -119,7 +119,7 @@ class RewardObjective:
 class Tally:
     """Sums and counts of what was seen of completions, evaluations left out, since somebody last asked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seen: dict[str, tuple[float, int]] = {}
 
     def add(self, verdict: Verdict, completions: Completions) -> None:
@@ -146,7 +146,7 @@ class _OnePass:
 
     differentiable = False
 
-    def __init__(self, rollout: Rollout):
+    def __init__(self, rollout: Rollout) -> None:
         self.rollout = rollout
 
     def losses(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
@@ -173,7 +173,7 @@ class RewardData:
         config: the `data` section; `max_tokens` holds the prompt and the most tokens of a completion.
     """
 
-    def __init__(self, config: Data, objective: RewardObjective):
+    def __init__(self, config: Data, objective: RewardObjective) -> None:
         self.config, self.tokenizer, self.judges = config, objective.tokenizer, objective.judges
         self.room = config.max_tokens - objective.generation.max_new_tokens
 

@@ -13,7 +13,7 @@ from typing import Any
 class TimedOut(BaseException):
     """Time is over. No Exception, so that a function's own `except Exception` does not swallow it."""
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float) -> None:
         super().__init__(f"took longer than the timeout of {seconds:g} s")
 
 
@@ -28,7 +28,7 @@ def call_within(seconds: float, call: Callable[[], Any]) -> Any:
 
     inside = True
 
-    def ring(number, frame):
+    def ring(number: int, frame: Any) -> None:
         if inside:
             raise TimedOut(seconds)
 
@@ -48,7 +48,7 @@ def call_in_thread(seconds: float, call: Callable[[], Any]) -> Any:
     """The same from a thread, which goes on, unheard, when its time is over."""
     outcome: list[tuple[bool, Any]] = []
 
-    def run():
+    def run() -> None:
         try:
             outcome.append((True, call()))
         except BaseException as error:

@@ -44,7 +44,7 @@ class DensePerturbation:
         *,
         whole_model: bool = False,
         forward_size: ForwardSize | None = None,
-    ):
+    ) -> None:
         self.directions = Independent(directions) if isinstance(directions, str) else directions
         self.sigma = sigma
         self.scales: Mapping[str, float] = {}

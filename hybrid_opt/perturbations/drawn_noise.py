@@ -15,7 +15,7 @@ from hybrid_opt.noise.keys import Key
 class DrawnNoise:
     """The noise of a step's members by parameter, as far as it takes little memory."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._memory: list[Tensor] = []
         self.forget()
 

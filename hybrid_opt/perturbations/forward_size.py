@@ -40,7 +40,7 @@ class ForwardSize:
         examples: examples of each member in a forward pass; None: all, where memory allows.
     """
 
-    def __init__(self, members: int | None = None, examples: int | None = None):
+    def __init__(self, members: int | None = None, examples: int | None = None) -> None:
         self.members, self.examples = members, examples
         self._fits: int | None = None  # rows that are known to fit, once some did not
 

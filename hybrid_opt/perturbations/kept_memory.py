@@ -16,7 +16,7 @@ KEPT_BYTES = 512 << 20
 class KeptMemory:
     """Hands out large pieces of main memory again and again."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._pieces: list[tuple[Tensor, int]] = []  # and how many hold it when it is free
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:

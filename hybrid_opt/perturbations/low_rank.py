@@ -62,7 +62,7 @@ class LowRankPerturbation:
         *,
         otherwise: str = "refuse",
         forward_size: ForwardSize | None = None,
-    ):
+    ) -> None:
         self.sides = FreshSides(sides) if isinstance(sides, int) else sides
         self.sigma = sigma
         self.scales: Mapping[str, float] = {}

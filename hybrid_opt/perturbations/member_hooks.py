@@ -36,7 +36,7 @@ class MemberHooks:
 
     def __init__(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], same_input: Iterable[Sequence[str]] = ()
-    ):
+    ) -> None:
         if reasons := why_not(model, parameters):
             raise UserError(refusal(*next(iter(reasons.items()))))
         self.parameters = parameters
@@ -101,8 +101,8 @@ def _on_output(correct: Callable[[nn.Module, Tensor, Tensor, dict[str, str], Fac
     """Attach by a hook that corrects the module's output."""
 
     @contextmanager
-    def attach(module, names, factors):
-        def hook(module, args, kwargs, output):
+    def attach(module: nn.Module, names: dict[str, str], factors: Factors) -> Iterator[None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
             return correct(module, _first(args, kwargs), output, names, factors)
 
         # First of the hooks: ZeRO-3's own, which comes later then, takes the weights away.
@@ -134,7 +134,7 @@ def _refuse_other_rows(module: nn.Module, x: Tensor, names: dict[str, str], fact
 
 
 @contextmanager
-def _linear(module, names, factors):
+def _linear(module: nn.Module, names: dict[str, str], factors: Factors) -> Iterator[None]:
     """For nn.Linear and Conv1D: `y = x W^T + scale (x A^T) B + bias + bias noise`.
 
     The noise's part is written first and the large product added to it, which takes no longer than the product alone. Autocast knows
@@ -142,7 +142,7 @@ def _linear(module, names, factors):
     """
     is_conv1d = type(module).__name__ == "Conv1D"  # its weight is (in, out), the transpose of a Linear's
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
         x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
         kind = x.device.type
@@ -203,18 +203,24 @@ def _plus_outer(
 
 
 @contextmanager
-def _on_lookup(module, names, factors):
+def _on_lookup(module: nn.Module, names: dict[str, str], factors: Factors) -> Iterator[None]:
     """For embeddings that do more than look up rows (scale them, count positions): correct the lookup inside."""
     forward = module.forward
 
     class Lookup(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
+        def __torch_function__(
+            self,
+            function: Callable[..., Any],
+            types: Any,
+            args: tuple[Any, ...] = (),
+            kwargs: dict[str, Any] | None = None,
+        ) -> Any:
             result = function(*args, **(kwargs or {}))
             if function is F.embedding and args[1] is module.weight:
                 return _embedding(module, args[0], result, names, factors)
             return result
 
-    def corrected(*args, **kwargs):
+    def corrected(*args: Any, **kwargs: Any) -> Tensor:
         with Lookup():
             return forward(*args, **kwargs)
 
@@ -262,15 +268,15 @@ def _of_each_row(attribute: str, module: nn.Module, x: Tensor, names: dict[str, 
 
 
 @contextmanager
-def _swapped_weight(module, names, factors):
+def _swapped_weight(module: nn.Module, names: dict[str, str], factors: Factors) -> Iterator[None]:
     """For the RMSNorm classes of transformers, whose formulas differ: let them compute with each row's own weight."""
 
-    def before(module, args, kwargs):
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = _first(args, kwargs)
         _refuse_other_rows(module, x, names, factors)
         module._parameters["weight"] = _of_each_row("weight", module, x, names, factors)
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Tensor:
         module._parameters["weight"] = weight
         return output.to(weight.dtype)
 

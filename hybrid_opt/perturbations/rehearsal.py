@@ -4,7 +4,7 @@ One idea: hooks see what goes in and out of modules. A rehearsal finds out where
 noise that would not reach the losses, or would reach the wrong ones, is found before a single member is evaluated.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +117,7 @@ class _Call:
 
 
 class _Record:
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls: dict[str, list[_Call]] = {}
         self.groups: list[list[str]] = []
         self.outside: set[str] = set()
@@ -167,7 +167,7 @@ def _watched(model: nn.Module, objective: Objective, batch: Any, parameters: Map
 
 @contextmanager
 def _recorded_calls(module: nn.Module, names: Mapping[str, str], record: _Record, uses: "_Uses") -> Iterator[None]:
-    def before(module, args, kwargs):
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
         with uses.paused():  # what is computed for the record is no use either
             record.note(module, names, x)
@@ -181,7 +181,7 @@ def _recorded_calls(module: nn.Module, names: Mapping[str, str], record: _Record
 
 @contextmanager
 def _recorded_size(module: nn.Module, record: _Record) -> Iterator[None]:
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         inputs, outputs = (sum(t.nbytes for t in tree_leaves(x) if isinstance(t, Tensor)) for x in (args, output))
         record.bytes = max(record.bytes, inputs + 3 * outputs)
 
@@ -195,7 +195,7 @@ def _recorded_size(module: nn.Module, record: _Record) -> Iterator[None]:
 class _Uses(TorchFunctionMode):
     """Notes which of the parameters are handed to a torch function that makes tensors of them."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], record: _Record):
+    def __init__(self, parameters: Mapping[str, nn.Parameter], record: _Record) -> None:
         super().__init__()
         self.parameters = parameters
         self.names = {id(p): name for name, p in parameters.items()}
@@ -216,7 +216,9 @@ class _Uses(TorchFunctionMode):
         finally:
             self.pauses = False
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
         if not self.pauses and any(

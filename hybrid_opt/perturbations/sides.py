@@ -94,7 +94,7 @@ class LazySides:
     Q of a QR decomposition of Gaussian values, in float64 on the CPU. Sources: LOZO (arXiv 2410.07698), SubZero (arXiv 2410.08989).
     """
 
-    def __init__(self, config: LazySubspace):
+    def __init__(self, config: LazySubspace) -> None:
         self.config = config
         self.key: Key | None = None
         self._lasting: dict[tuple[Key, str, torch.device], Tensor] = {}  # shared by the sources of all steps

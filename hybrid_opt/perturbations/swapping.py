@@ -7,6 +7,7 @@ a hook after it puts the own ones back. The own ones are never written, and only
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,11 @@ def while_running(
     owners = owners_of(model, parameters)
     own_weights = {module: dict(module._parameters) for module in owners}
 
-    def before(module, args):
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         for attribute, name in owners[module].items():
             module._parameters[attribute] = weights_of(name)
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         module._parameters.update(own_weights[module])
 
     handles = []

@@ -5,7 +5,8 @@ of guessed: every storage that an operation makes, from then until it is freed.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,12 +20,14 @@ class LiveMemory(TorchDispatchMode):
         known: tensors whose storages are there already, such as weights, and do not count.
     """
 
-    def __init__(self, known: Iterable[Tensor]):
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
         self.total = self.peak = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         """Run an operation and see what it has made."""
         made = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):

@@ -91,7 +91,7 @@ class Predictor:
         *,
         world_size: int = 1,
         device: str = "cpu",
-    ):
+    ) -> None:
         self.run, self.model, self.batches, self.device = run, model, batches, device
         self.ranks = world_size
         self.stage = run.engine.zero_stage if isinstance(run.engine, ZeroEngine) else 0

@@ -27,7 +27,7 @@ class PretendedModel:
         dtype: of the weights that forward passes use.
     """
 
-    def __init__(self, model: Model, lora: Lora | None, dtype: str):
+    def __init__(self, model: Model, lora: Lora | None, dtype: str) -> None:
         self.mode = FakeTensorMode()
         with torch.device("meta"):
             self.module: nn.Module = with_adapters(untrained(model, getattr(torch, dtype)), lora)

@@ -6,6 +6,7 @@ One idea: a ledger may come from anywhere, so it is validated like a configurati
 from typing import Annotated, Literal
 
 from pydantic import Base64Bytes, Field, model_validator
+from typing_extensions import Self
 
 from hybrid_opt.config.strict import NonNegativeInt, Strict
 
@@ -28,7 +29,7 @@ class SumOfNoise(Strict):
     """Parameters that low rank noise could not reach."""
 
     @model_validator(mode="after")
-    def _one_coefficient_a_key(self):
+    def _one_coefficient_a_key(self) -> Self:
         if len(self.coefficients) != 4 * len(self.keys):
             raise ValueError(f"{len(self.keys)} keys have {len(self.coefficients)} bytes of coefficients, not 4 each")
         return self

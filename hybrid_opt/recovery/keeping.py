@@ -4,7 +4,7 @@ One idea: a step that the ledger holds can be taken again for nothing, so a chec
 others.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -64,7 +64,7 @@ class Keeper:
         config: Mapping[str, Any] | None,
         consolidate: Callable[[Path], None] | None,
         say: Callable[[str], None],
-    ):
+    ) -> None:
         self.folder, self.optimizer, self.keeping = folder, optimizer, keeping
         self.config, self.consolidate, self.say = config, consolidate, say
         self.ranks = optimizer.engine.ranks
@@ -251,7 +251,7 @@ class Keeper:
         for _ in self._steps(0 if base is None else step_of(base), step_of(checkpoint)):
             pass
 
-    def _steps(self, first: int, end: int):
+    def _steps(self, first: int, end: int) -> Iterator[dict[str, Any]]:
         return read_steps(self.ledger.path, first, end, self.ledger.model)
 
     def _replay(self, first: int, end: int) -> None:

@@ -36,7 +36,7 @@ class Ledger:
         writes: whether this is the process among several that writes; the others only count along.
     """
 
-    def __init__(self, path: Path, model: Mapping[str, Any], *, writes: bool = True):
+    def __init__(self, path: Path, model: Mapping[str, Any], *, writes: bool = True) -> None:
         self.path, self.model, self.writes = path, model, writes
         self.first = self.end = 0
         """Steps `first` to `end - 1` are the latest without a gap between them."""

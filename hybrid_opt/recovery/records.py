@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
+from typing_extensions import Self
 
 from hybrid_opt.engines.contract import Engine, whole_shape
 from hybrid_opt.engines.inspection import weights_digest
@@ -51,7 +52,7 @@ class Part:
         names: Sequence[str],
         key: StepKey,
         rested: int = 0,
-    ):
+    ) -> Self:
         """The part of an estimate that is made of noise, its coefficients rounded to float32."""
         sums = [_rounded(replay) for replay in replays_of(estimate, frozenset(names), key)]
         return cls(name, weight, learning_rate, names, sums, rested)
@@ -77,7 +78,9 @@ class Record:
         return {"step": self.step, "policy": self.policy, "parts": [_plain_part(part, places) for part in self.parts]}
 
     @classmethod
-    def restored(cls, document: Mapping[str, Any], estimators: Mapping[str, Estimator], engine: Engine, seed: int):
+    def restored(
+        cls, document: Mapping[str, Any], estimators: Mapping[str, Estimator], engine: Engine, seed: int
+    ) -> Self:
         """The record that gave a document, its noise made ready at the present weights, which must be those that it was taken at.
 
         All ranks together. What estimators decide from the weights before they evaluate (masks, scales) is decided anew.

@@ -3,6 +3,7 @@
 One idea: what the intervals cannot tell apart is said to be not told apart. All statistics are those of `summary.csv`.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
@@ -44,7 +45,7 @@ def _measured(study: Study, goal: str) -> list[Column]:
     return columns
 
 
-def _difference_writer(better: str):
+def _difference_writer(better: str) -> Callable[[dict[str, Any] | None], str]:
     def show(value: dict[str, Any] | None) -> str:
         return f"{with_interval(**value, sign='+')}, {verdict(value, better)}" if value else ""
 
@@ -79,7 +80,7 @@ def _runs(study: Study, task: str, budget: str, arm: str) -> str:
     return f"{finished} ({', '.join(others)})" if others else finished
 
 
-def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]], goal: str):
+def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]], goal: str) -> Iterator[str]:
     if known_arms := [row for row in rows.values() if known(row.get(f"{goal}_low"))]:
         least, most = (int(pick(row["seeds"] for row in known_arms)) for pick in (min, max))
         seeds = f"{least}" if least == most else f"{least} to {most}"
@@ -96,7 +97,7 @@ def _notes(study: Study, task: str, budget: str, rows: dict[str, dict[str, Any]]
             yield f"{run.arm}, seed {run.seed}, failed: {run.error or 'no message was left'}"
 
 
-def _changes(study: Study, task: str, budget: str):
+def _changes(study: Study, task: str, budget: str) -> Iterator[str]:
     """What the study changed in arms on its own: learning rates that it searched for, and what had to fit the memory."""
     for row in study.results:
         if (row["task"], row["budget"]) == (task, budget):
@@ -106,7 +107,7 @@ def _changes(study: Study, task: str, budget: str):
                 yield f"{row['arm']} was made to fit the memory: {row['fitted']}."
 
 
-def _counted(study: Study, task: str, budget: str):
+def _counted(study: Study, task: str, budget: str) -> Iterator[str]:
     """What went wrong with an arm's rewards, and how often it had nothing to learn, over all its finished runs."""
     for arm in study.arms:
         rows = [row for row in study.results if (row["task"], row["budget"], row["arm"]) == (task, budget, arm)]

@@ -5,6 +5,7 @@ One idea: colours are named by role and looked up in the palette given, so that 
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -121,7 +122,7 @@ def _limit_bands(ax: Axes, panel: Plot) -> None:
     ax.set_ylim(0 if panel.from_zero else max(low, 0.8 * least) if panel.log else low, high)
 
 
-def _make_logarithmic(ax: Axes, axis) -> None:
+def _make_logarithmic(ax: Axes, axis: Any) -> None:
     (ax.set_xscale if axis is ax.xaxis else ax.set_yscale)("log")
     least, most = axis.get_view_interval()
     steps = (1.0,) if most > 300 * least else (1.0, 2.0, 5.0) if most < 20 * least else (1.0, 3.0)

@@ -7,6 +7,7 @@ loss on held-out rows strong above them. What an estimator minimises on its own 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from hybrid_opt.reports.content import Group, Key, Plot, Series
 from hybrid_opt.reports.keys import EVALUATION, actor_keys
@@ -77,7 +78,7 @@ def title_of(goal: str, axis: Axis) -> str:
     return f"{goal.capitalize()} against {axis.name.replace('_', '-')}"
 
 
-def _panel(run: Run, axis: Axis, keys, size: int) -> Plot | None:
+def _panel(run: Run, axis: Axis, keys: Any, size: int) -> Plot | None:
     amounts = [axis.of_step(step) for step in run.steps]
     if not all(known(amount) for amount in amounts):
         return None
@@ -98,7 +99,7 @@ def spans_decades(series: Iterable[Series]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def _training(run: Run, ends, actor: str, key, size: int) -> Series:
+def _training(run: Run, ends: Any, actor: str, key: Any, size: int) -> Series:
     own = [(end, step.reached(run.goal)) for end, step in zip(ends, run.steps, strict=True) if step.actor == actor]
     return thinned(key, [end for end, _ in own], [value for _, value in own], size)
 

@@ -4,6 +4,7 @@ One idea: what a user wrote must not become Markdown of its own.
 """
 
 import re
+from collections.abc import Iterator
 
 from hybrid_opt.reports.content import Report, Section, Table
 
@@ -25,7 +26,7 @@ def as_markdown(report: Report, picture: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _body(section: Section):
+def _body(section: Section) -> Iterator[str]:
     for table in section.tables:
         yield f"**{_safe(table.caption)}**"
         yield _table(table)

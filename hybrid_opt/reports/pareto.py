@@ -4,6 +4,8 @@ One idea: an arm is on the front if no other is as good in both and better in on
 others hollow.
 """
 
+from typing import Any
+
 from hybrid_opt.reports.content import Group, Key, Plot, Series
 from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.loss_panels import LABELS
@@ -27,7 +29,9 @@ def pareto_group(study: Study, task: str, budget: str, name: str) -> Group:
     return Group(f"{task}, {budget}", panels, tuple(key for key in (*keys.values(), FRONT) if key in drawn))
 
 
-def _panel(rows, keys, goal: str, name: str, cost: str, column: str, label: str, against: str, scale: float) -> Plot:
+def _panel(
+    rows: Any, keys: Any, goal: str, name: str, cost: str, column: str, label: str, against: str, scale: float
+) -> Plot:
     points, front = [], []
     for arm, key in keys.items():
         row = rows.get(arm, {})

@@ -3,6 +3,7 @@
 One idea: with this section alone somebody else can run the same again.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from hybrid_opt.reports.content import Column, Section, Table
@@ -39,7 +40,7 @@ def provenance(machines: list[dict[str, Any]], config_text: str, file: str) -> S
     )
 
 
-def _rows(machine: dict[str, Any]):
+def _rows(machine: dict[str, Any]) -> Iterator[dict[str, str]]:
     for key, what in MACHINE.items():
         if machine.get(key) is not None:
             yield {"what": what, "value": size(machine[key]) if key == "memory_bytes" else text_of(machine[key])}

@@ -4,6 +4,7 @@ One idea: a run under way, an interrupted one and one from an older version are 
 said in `remarks`.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def _remarks(summary, machine, config_text, lines, cut):
+def _remarks(summary: Any, machine: Any, config_text: Any, lines: Any, cut: Any) -> Iterator[str]:
     if not summary:
         yield "summary.json is missing: the run is under way or was interrupted, so this is what there is so far."
     if cut:

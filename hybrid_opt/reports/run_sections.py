@@ -3,6 +3,7 @@
 One idea: a section stands in every report, and says in a sentence why it is empty where it is.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 from hybrid_opt.reports.columns import AMOUNTS, SECONDS, STEPS
@@ -79,7 +80,7 @@ def _statistics(run: Run) -> Section:
     return Section("es_statistics", "ES statistics", what_is_absent([run]), groups=(group,) * bool(group.panels))
 
 
-def _completions(run: Run):
+def _completions(run: Run) -> Iterator[Section]:
     """Nothing for a run without rewards."""
     if chosen := completions_of([run]):
         errors = errors_of(run)
@@ -98,7 +99,7 @@ def _panels(run: Run, chosen: Chosen, meaning: str) -> Group:
 # ---------------------------------------------------------------- outcome
 
 
-def _facts(run: Run):
+def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "status", "finished" if run.summary.get("finished") else "under way or interrupted"
     asked = (run.config.get("training") or {}).get("steps")
     taken = run.summary.get("steps", len(run.steps))
@@ -131,7 +132,7 @@ def _before_and_after(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     return (rows[0], rows[-1] if len(rows) > 1 else {}) if rows else ({}, {})
 
 
-def _tables(run: Run):
+def _tables(run: Run) -> Iterator[Table]:
     rows = [_share(run, name) for name in actor_keys(name for step in run.steps for name in step.parts)]
     for who, decrease in (run.summary.get("shared_loss_decrease") or {}).items():
         rows.append({"estimator": f"{who.replace('+', ' + ')}, together", "loss_decrease": decrease})
@@ -155,7 +156,7 @@ def _tables(run: Run):
         yield Table("measures", "On held-out rows", columns, rows)
 
 
-def _counted(run: Run, names: list[str]):
+def _counted(run: Run, names: list[str]) -> Iterator[str]:
     """A note for each estimator of whose estimates something was counted."""
     for name in names:
         parts = [step.parts[name] for step in run.steps if name in step.parts]

@@ -4,7 +4,9 @@ One idea: arms are compared within a task and a budget, so every part of the rep
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from hybrid_opt.reports import completions
 from hybrid_opt.reports.ablation_table import ablation_table
@@ -49,11 +51,11 @@ def report_of_study(study: Study) -> Report:
     return Report("study", study.title, study.description, tuple(_facts(study)), study.remarks, sections)
 
 
-def _filled(groups) -> tuple[Group, ...]:
+def _filled(groups: Any) -> tuple[Group, ...]:
     return tuple(group for group in groups if group.panels)
 
 
-def _facts(study: Study):
+def _facts(study: Study) -> Iterator[tuple[str, str]]:
     counts = Counter(run.status for run in study.runs)
     yield "runs", ", ".join(f"{counts[status]} {status}" for status in counts) or "none"
     for name in ("arms", "seeds", "tasks", "budgets"):
@@ -68,7 +70,7 @@ def _facts(study: Study):
 # ---------------------------------------------------------------- details
 
 
-def _details(study: Study):
+def _details(study: Study) -> Iterator[Section]:
     groups = {"who_acted": [], "update_norms": [], "es_statistics": [], "completions": [], "memory": []}
     for i, (task, budget) in enumerate(study.groups):
         runs = {arm: run for arm in study.arms if (run := study.details.get((task, budget, arm))) and run.steps}
@@ -98,7 +100,7 @@ def _details(study: Study):
         )
 
 
-def _details_of(study: Study, runs: dict[str, Run], name: str, title: str):
+def _details_of(study: Study, runs: dict[str, Run], name: str, title: str) -> Iterator[tuple[str, Group]]:
     """Part and group of panels, for what there is."""
     if not runs:
         return

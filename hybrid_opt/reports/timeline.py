@@ -5,6 +5,7 @@ of its height is an estimator that acts in every fourth step, or in every step w
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from hybrid_opt.reports.content import Group, Lane, Timeline
 from hybrid_opt.reports.keys import actor_keys, arm_keys
@@ -32,7 +33,7 @@ def timeline_of_arms(runs: dict[str, Run], reference: str | None, arms: Iterable
     return Timeline(name, "Who acted", tuple(lanes))
 
 
-def _lane(steps: tuple[Step, ...], name: str, label: str, key, bins: int = BINS) -> Lane:
+def _lane(steps: tuple[Step, ...], name: str, label: str, key: Any, bins: int = BINS) -> Lane:
     size = bin_size(len(steps), most=bins)
     bins = bins_of(steps, size)
     weights = [sum(abs(step.weights.get(name, 0.0)) for step in part) / len(part) for part in bins]

@@ -6,6 +6,7 @@ in few steps can be compared with those that act in many.
 
 import math
 import re
+from typing import Any
 
 from hybrid_opt.reports.content import Plot, Series
 from hybrid_opt.reports.keys import actor_keys
@@ -27,10 +28,10 @@ def norms_by_layer(run: Run) -> dict[str, dict[str, float]]:
     }
 
 
-def in_depth_order(layers) -> list[str]:
+def in_depth_order(layers: Any) -> list[str]:
     """Embeddings, then the numbered layers by number, then the rest."""
 
-    def place(layer: str):
+    def place(layer: str) -> tuple[int, int, str]:
         if layer.isdigit():
             return 1, int(layer), layer
         return (0 if EMBEDDING.search(layer) else 2), 0, layer

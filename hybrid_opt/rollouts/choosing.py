@@ -29,7 +29,7 @@ def build_choice(config: Generation, seeds: Tensor, device: torch.device) -> Cho
 
 
 class _Sampling:
-    def __init__(self, config: Generation, seeds: Tensor, device: torch.device):
+    def __init__(self, config: Generation, seeds: Tensor, device: torch.device) -> None:
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(config.temperature)])
         if config.top_k is not None:
             self.warpers.append(TopKLogitsWarper(config.top_k))

@@ -31,7 +31,7 @@ class Decoding:
         prefill: what reads the prompts.
     """
 
-    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase, prefill: Prefill | None = None):
+    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase, prefill: Prefill | None = None) -> None:
         self.config = config
         self.tokenizer, self.pad = tokenizer, pad_token(tokenizer)
         self.prefill = prefill or Prefill()

@@ -70,7 +70,7 @@ class Context:
         model: a causal language model.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         takes = inspect.signature(forward_of(model)).parameters
         self.model, self.cache = model, DynamicCache(config=model.config.get_text_config(decoder=True))
         self.has_positions, self.has_keep = "position_ids" in takes, "logits_to_keep" in takes
@@ -121,7 +121,7 @@ class Prefill:
         beginnings: whether that goes for how they begin. Not in a rehearsal, which compares passes of few rows and of more.
     """
 
-    def __init__(self, beginnings: bool = True):
+    def __init__(self, beginnings: bool = True) -> None:
         self.worthwhile = WORTHWHILE if beginnings else math.inf
         self.shared_layers = SharedLayers()
 

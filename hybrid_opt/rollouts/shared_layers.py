@@ -20,7 +20,7 @@ from hybrid_opt.perturbations.swapping import owners_of
 class SharedLayers:
     """Knows how many of a model's layers come before all noise; seen in the first pass, and remembered."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._known: dict[tuple[int, frozenset[str]], int] = {}
 
     def count(self, model: nn.Module, factors: Factors | None) -> int | None:

@@ -48,7 +48,7 @@ class VllmRollout:
         UserError: vLLM is not installed, or there are several processes.
     """
 
-    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, config: Generation, tokenizer: PreTrainedTokenizerBase) -> None:
         if launched_world_size() > 1:
             raise UserError(
                 "objective.generation.engine: vllm serves a run of one process, and there are several; start one (vLLM itself may use "

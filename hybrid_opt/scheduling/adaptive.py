@@ -33,7 +33,7 @@ class AdaptiveSchedule:
 
     phase: int | None = None
 
-    def __init__(self, config: Adaptive):
+    def __init__(self, config: Adaptive) -> None:
         self.config = config
         self.arms = {name: Arm() for name in config.estimators}
         self.chosen: str | None = None

@@ -18,7 +18,7 @@ class Ownership:
         UserError: see `resolve_policies`.
     """
 
-    def __init__(self, config: ScheduleFile, names: Sequence[str]):
+    def __init__(self, config: ScheduleFile, names: Sequence[str]) -> None:
         self.config, self.all = config, list(names)
         self.widest: dict[int | None, Policy] = resolve_policies(config, self.all)
         self.rules: dict[int | None, dict[str, MeasuredRule]] = {

@@ -83,7 +83,7 @@ class FixedSchedule:
     phase: int | None = None
     reason = account = mark = goes_back = None
 
-    def __init__(self, schedule: Fixed):
+    def __init__(self, schedule: Fixed) -> None:
         self.schedule = schedule
 
     def asks(self, signals: Signals) -> bool:
@@ -107,7 +107,7 @@ class PhasedSchedule:
 
     account = mark = goes_back = None
 
-    def __init__(self, schedule: config.Phases):
+    def __init__(self, schedule: config.Phases) -> None:
         self.schedule = schedule
         self.phase = 0
         self.reason: str | None = None

@@ -11,7 +11,7 @@ from typing import Any
 class Turns:
     """Counts for estimators by name."""
 
-    def __init__(self, names: Iterable[str]):
+    def __init__(self, names: Iterable[str]) -> None:
         self.acted: dict[str, int | None] = dict.fromkeys(names)
         """Steps of the present turn, 0 for who rests; None: it has acted ever since the run's first step."""
         self.rested = dict.fromkeys(self.acted, 0)

@@ -68,7 +68,7 @@ class Ablation:
         show: Callable[[str], None] = lambda text: None,
         overwrite: bool = False,
         allow_code: bool = False,
-    ):
+    ) -> None:
         plan.refuse_code(allow_code)
         self.allow_code = allow_code
         self.plan, self.study, self.say, self.show = plan, plan.study, say, show

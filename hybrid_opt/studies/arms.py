@@ -70,7 +70,7 @@ class StudyPlan:
         UserError: a run that the study asks for is not valid, or two arms have one name.
     """
 
-    def __init__(self, study: StudyFile, path: Path):
+    def __init__(self, study: StudyFile, path: Path) -> None:
         self.study, self.path = study, path
         self.base = _find_base(study.base, path)
         self.read = functools.cache(read_yaml)  # a study goes on for hours, and a file may be edited meanwhile

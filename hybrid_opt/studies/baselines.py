@@ -130,7 +130,7 @@ def _with_schedule(run: RunFile, schedule: dict[str, Any]) -> Changes:
     return {"schedule": {**_document(run.schedule), "schedule": schedule}}
 
 
-def _shares(schedule) -> dict[str, float]:
+def _shares(schedule: Any) -> dict[str, float]:
     """Each estimator's share of the whole: of the turns, of the weights (ramps by their middle), or of the phases' by their steps."""
     match schedule:
         case Alternate():
@@ -159,7 +159,7 @@ def _shares(schedule) -> dict[str, float]:
     return {name: amount / total for name, amount in amounts.items() if amount}
 
 
-def _swapped(schedule) -> dict[str, Any]:
+def _swapped(schedule: Any) -> dict[str, Any]:
     document = schedule.model_dump(mode="json", exclude_none=True)
     match schedule:
         case Alternate() if len(schedule.pattern) > 1:

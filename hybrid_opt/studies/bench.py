@@ -111,7 +111,7 @@ def machine_name(device: str) -> str:
 class _Rows:
     """A case's rows around one model, whose weights are put back after every step: a row must not disturb the next."""
 
-    def __init__(self, case: Case):
+    def __init__(self, case: Case) -> None:
         self.case = case
         self.steps: dict[str, Step] = {}
         self.model = load_for("inference", case)

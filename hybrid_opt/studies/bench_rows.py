@@ -150,7 +150,7 @@ def _inference(model: nn.Module, batch: dict[str, Any]) -> Step:
     arguments = forward_arguments(model, batch)
 
     @torch.inference_mode()
-    def step():
+    def step() -> Any:
         return model(**arguments).logits
 
     return step
@@ -160,7 +160,7 @@ def _mezo(case: Case, model: nn.Module, batch: dict[str, Any]) -> Step:
     parameters = [p for p in model.parameters() if p.requires_grad]
     objective, seeds = CausalLmObjective(), itertools.count()
 
-    def step():
+    def step() -> Any:
         pairs = list(itertools.islice(seeds, case.members // 2))
         return mezo_step(parameters, lambda: objective.losses(model, batch).mean(), pairs, SIGMA, LEARNING_RATE)
 

@@ -29,7 +29,7 @@ CONTENTS = (
 class StudyFolder:
     """Paths and writers of a study folder."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))
         self.study, self.index = self.path / "study.yaml", self.path / "study.json"
         self.results, self.summary = self.path / "results.csv", self.path / "summary.csv"

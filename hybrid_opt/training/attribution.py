@@ -21,7 +21,7 @@ class Attribution:
         spent: totals of the run so far.
     """
 
-    def __init__(self, probe: Callable[[], float] | None, spent: Callable[[], Signals]):
+    def __init__(self, probe: Callable[[], float] | None, spent: Callable[[], Signals]) -> None:
         self.probe = probe
         self.spent = spent
         self.acting: tuple[str, ...] | None = None

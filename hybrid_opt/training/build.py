@@ -131,7 +131,13 @@ def with_engine_dtype(run: RunFile) -> Model:
 
 
 def _with_settled_lengths(
-    run: RunFile, model: Any, objective: Objective, data: ExampleData, examples: Sequence[Any], rows: Dataset, tokenizer
+    run: RunFile,
+    model: Any,
+    objective: Objective,
+    data: ExampleData,
+    examples: Sequence[Any],
+    rows: Dataset,
+    tokenizer: Any,
 ) -> tuple[RunFile, list[str]]:
     """The run with a number for `length_threshold`, and what is to be said of that."""
     schedule = run.schedule.schedule
@@ -152,7 +158,7 @@ def _refuse_to_lose_the_model(run: RunFile) -> None:
             raise UserError(f"{key}: {name!r} lies in the output folder, which --overwrite would empty; choose another")
 
 
-def refuse_what_does_not_fit(model, examples: Sequence[Any], new_tokens: int = 0) -> None:
+def refuse_what_does_not_fit(model: Any, examples: Sequence[Any], new_tokens: int = 0) -> None:
     """Token ids and lengths beyond the model's tables would end in an index error at some later step.
 
     Args:

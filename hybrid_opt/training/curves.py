@@ -22,7 +22,7 @@ Row = dict[str, Any]
 class Course:
     """Values with the steps and the seconds at which they were reached."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps, self.seconds, self.values = Curve(), Curve(), Curve()
 
     def add(self, step: int, seconds: float, value: float) -> None:
@@ -47,7 +47,7 @@ class _Courses:
         evaluations: lines of `evaluations.jsonl`.
     """
 
-    def __init__(self, metrics: Iterable[Row], evaluations: Iterable[Row]):
+    def __init__(self, metrics: Iterable[Row], evaluations: Iterable[Row]) -> None:
         self.goal = "loss"
         self.whole, self.validation = Course(), Course()
         self.of_actors: dict[str, Course] = {}

@@ -45,7 +45,7 @@ class Dashboard:
         budget: what the run may spend, if that ends it.
     """
 
-    def __init__(self, console: Console | None = None, budget: Budget | None = None):
+    def __init__(self, console: Console | None = None, budget: Budget | None = None) -> None:
         self.console = console or Console()
         self.run = RunSoFar(budget)
         self.clock = Clock(time.monotonic(), fresh=True)

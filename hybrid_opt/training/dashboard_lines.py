@@ -6,6 +6,7 @@ first that say least.
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from rich.text import Text
 
@@ -34,7 +35,9 @@ SHORT = {
 }
 
 
-def dashboard_lines(run: RunSoFar, clock: Clock, now: float, width: int, height: int, colourless=False) -> list[Text]:
+def dashboard_lines(
+    run: RunSoFar, clock: Clock, now: float, width: int, height: int, colourless: Any = False
+) -> list[Text]:
     """All lines, none of them wider than `width`, and not more than `height` of them."""
     width = min(width, WIDEST)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(run.estimators)}

@@ -33,7 +33,7 @@ class Decisions:
         probe: Callable[[], float] | None,
         keeper: Keeper | None,
         say: Callable[[str], None],
-    ):
+    ) -> None:
         if getattr(optimizer.config.schedule, "roll_back_above", None) and not keeper:
             raise UserError("schedule.roll_back_above: it goes back to weights in the output folder; pass output=...")
         self.optimizer, self.probe, self.keeper, self.say = optimizer, probe, keeper, say

@@ -80,7 +80,7 @@ class Guard:
         say: Callable[[str], None],
         *,
         evaluates: bool,
-    ):
+    ) -> None:
         if config and config.action == "roll_back" and keeper is None:
             raise UserError("divergence: roll_back keeps the best weights in the output folder; pass output=...")
         if config and config.needs_evaluations and not evaluates:

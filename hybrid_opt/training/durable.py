@@ -38,7 +38,7 @@ class CannotWriteError(UserError):
         path: the file or folder.
     """
 
-    def __init__(self, message: str, path: Path | None = None):
+    def __init__(self, message: str, path: Path | None = None) -> None:
         super().__init__(message)
         self.path = path
 

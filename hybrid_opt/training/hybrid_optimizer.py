@@ -84,7 +84,7 @@ class HybridOptimizer:
         engine: EngineConfig | None = None,
         check_drift_every: int = 0,
         memory_budget: int | None = None,
-    ):
+    ) -> None:
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
         self.objectives = {name: as_objective(own) for name, own in (objectives or {}).items()}

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 ECHO, ECHO_OF_LAUNCHER = 0.3, 2.0
 """Seconds in which further signals are the first one once more: a terminal sends Ctrl-C to every process of a job, and then
@@ -21,7 +22,7 @@ def stop_requests(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     first: float | None = None
     echo = ECHO_OF_LAUNCHER if "LOCAL_RANK" in os.environ else ECHO
 
-    def request(number, frame):
+    def request(number: int, frame: Any) -> None:
         nonlocal first
         if first is None:
             first = time.monotonic()

@@ -28,7 +28,7 @@ class Journal:
         writes: whether this is the process among several that writes.
     """
 
-    def __init__(self, folder: RunFolder | None, display: Display, *, writes: bool):
+    def __init__(self, folder: RunFolder | None, display: Display, *, writes: bool) -> None:
         self.folder, self.display = folder, display
         self.writes = writes and folder is not None
         self.messages = Messages(folder.path if self.writes else None, display.say)

@@ -19,7 +19,7 @@ Row = dict[str, Any]
 class JsonLines:
     """The rows of a file, read anew by each loop; none if there is no file."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self.cut = False
         """Whether the latest loop left out a last line that is half there."""

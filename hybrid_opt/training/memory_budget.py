@@ -41,7 +41,7 @@ class Saving:
         whole = {} if self.micro_batch_size is None else {"accumulation": 1}
         return config.model_copy(update={**asdict(self), **whole})
 
-    def __str__(self):
+    def __str__(self) -> str:
         parts = [f"micro_batch_size {self.micro_batch_size}"] if self.micro_batch_size else []
         return " and ".join(parts + ["gradient_checkpointing"] * self.gradient_checkpointing)
 
@@ -80,7 +80,7 @@ class MemoryBudget:
         engine: LocalEngine,
         ownership: Ownership,
         estimators: Mapping[str, Any],
-    ):
+    ) -> None:
         self.budget, self.config, self.engine, self.ownership = budget, config, engine, ownership
         self.estimators = estimators
         self.name = next((n for n in acting_names(config.schedule) if isinstance(config.estimators[n], Backprop)), None)

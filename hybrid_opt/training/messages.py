@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from hybrid_opt.training.durable import CannotWriteError, append_line
 
@@ -24,7 +25,7 @@ class Messages:
         show: shows a line.
     """
 
-    def __init__(self, folder: Path | None, show: Callable[[str], None]):
+    def __init__(self, folder: Path | None, show: Callable[[str], None]) -> None:
         self.folder, self.show, self.kept = folder, show, 0
 
     def say(self, text: str) -> None:
@@ -48,7 +49,7 @@ class Messages:
         """Inside, Python's warnings are kept too; they are shown as always."""
         before = warnings.showwarning
 
-        def show(message, *where, **more):
+        def show(message: Any, *where: Any, **more: Any) -> None:
             before(message, *where, **more)
             self.keep(f"warning: {message}")
 

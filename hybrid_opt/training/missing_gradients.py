@@ -27,7 +27,7 @@ class MissingGradients:
         policies: by phase, the widest.
     """
 
-    def __init__(self, config: ScheduleFile, engine: Engine, policies: Mapping[int | None, Policy]):
+    def __init__(self, config: ScheduleFile, engine: Engine, policies: Mapping[int | None, Policy]) -> None:
         self.engine, self.policies = engine, policies
         self.refuses = config.backprop is not None and config.backprop.missing_gradients == "refuse"
         self.others = {

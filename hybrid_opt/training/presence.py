@@ -76,7 +76,7 @@ def who(process: Mapping[str, Any]) -> str:
     return f"process {process['process']} on {process.get('host', 'another machine')}"
 
 
-def _locked(file) -> bool:
+def _locked(file: Any) -> bool:
     """Whether the lock is this process's; where there are no locks, it may be."""
     try:
         return locking.lock(file)

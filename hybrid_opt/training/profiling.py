@@ -50,7 +50,7 @@ class Profiler:
         UserError: a rule goes by gradient norms, and DeepSpeed has gradients in its own steps alone.
     """
 
-    def __init__(self, engine: Engine, ownership: Ownership, backprop: Backprop | None, seed: int):
+    def __init__(self, engine: Engine, ownership: Ownership, backprop: Backprop | None, seed: int) -> None:
         self.engine, self.ownership, self.seed = engine, ownership, seed
         self.gradients = BackpropEstimator(backprop or Backprop(type="backprop", learning_rate=1.0))
         for places in ownership.rules.values():

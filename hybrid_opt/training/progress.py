@@ -49,7 +49,7 @@ class Display(Protocol):
 class Silence:
     """Shows nothing."""
 
-    def start(self, step: int, steps: int | None, metrics=(), evaluations=()) -> None:
+    def start(self, step: int, steps: int | None, metrics: Any = (), evaluations: Any = ()) -> None:
         """Nothing."""
 
     def stepped(self, row: dict[str, Any], done: float) -> None:
@@ -68,7 +68,7 @@ class Silence:
 class Displays:
     """Several displays as one."""
 
-    def __init__(self, *displays: Display):
+    def __init__(self, *displays: Display) -> None:
         self.displays = displays
 
     def start(self, *begun: Any) -> None:
@@ -100,11 +100,11 @@ class Displays:
 class Lines:
     """Prints about ten lines in a run: step, who acts, loss (or reward), learning rates and tokens a second; for files and pipes."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self.tenths, self.evaluations, self.done = 0, 0, 0.0
 
-    def start(self, step: int, steps: int | None, metrics=(), evaluations=()) -> None:
+    def start(self, step: int, steps: int | None, metrics: Any = (), evaluations: Any = ()) -> None:
         """Nothing."""
 
     def stepped(self, row: dict[str, Any], done: float) -> None:

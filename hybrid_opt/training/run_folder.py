@@ -88,7 +88,7 @@ def remove_entries(folder: Path, names: Iterable[str]) -> None:
 class RunFolder:
     """Paths and writers of a run folder."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.expanduser(path))  # which leaves a ~name as it is, where there is nobody of that name
         self.config = self.path / "run.yaml"
         self.machine = self.path / "machine.json"

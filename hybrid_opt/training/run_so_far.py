@@ -23,7 +23,7 @@ SMOOTHING = 0.9
 class Curve:
     """The course of a value; when it has too many points, each two become their mean."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.points: list[float] = []
         self.each, self.sum, self.count = 1, 0.0, 0
 
@@ -60,7 +60,7 @@ class RunSoFar:
         budget: what it may spend, if that ends it.
     """
 
-    def __init__(self, budget: Budget | None = None):
+    def __init__(self, budget: Budget | None = None) -> None:
         ((self.currency, self.limit),) = (budget.model_dump(exclude_none=True) if budget else {"": 0}).items()
         self.step, self.steps, self.done = 0, None, 0.0
         self.spent = 0.0
@@ -121,7 +121,7 @@ class RunSoFar:
 class Clock:
     """Time since the start of this session, and what is left by the pace of it."""
 
-    def __init__(self, now: float, fresh: bool):
+    def __init__(self, now: float, fresh: bool) -> None:
         self.begun = now
         self.from_ = (now, 0.0) if fresh else None
         self.to = (now, 0.0)

@@ -108,7 +108,7 @@ class Totals:
         rows: lines of `metrics.jsonl`, of a run that goes on.
     """
 
-    def __init__(self, rows: Iterable[dict[str, Any]] = ()):
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
         self.parts: dict[str, Share] = {}
         self.peak_memory_bytes = 0
         for row in rows:

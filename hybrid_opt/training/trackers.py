@@ -57,7 +57,7 @@ class Trackers:
         model: nn.Module | None = None,
         tokenizer: Any = None,
         say: Callable[[str], None] = print,
-    ):
+    ) -> None:
         self.callbacks = {name: _callback(name) for name in reporters(report_to)}
         self.arguments = RunArguments(folder, config)
         self.state, self.control = TrainerState(logging_steps=1), TrainerControl()
@@ -137,11 +137,11 @@ class RunArguments(TrainingArguments):
     touched. The defaults of its fields (a learning rate of 5e-5, ...) are not this run's, so no tracker gets to see them.
     """
 
-    def __init__(self, folder: RunFolder, config: Mapping[str, Any]):
+    def __init__(self, folder: RunFolder, config: Mapping[str, Any]) -> None:
         super().__init__(output_dir=str(folder.logs), run_name=folder.path.resolve().name)
         self.config = dict(config)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         pass
 
     def to_dict(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Trainer:
         display: Display | None = None,
         report_to: str | Sequence[str] = "none",
         notes: Sequence[str] = (),
-    ):
+    ) -> None:
         if steps is None and budget is None:
             raise UserError(
                 "steps: neither steps nor a budget says when to stop; pass steps=100, or budget=Budget(seconds=600)"

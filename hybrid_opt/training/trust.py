@@ -21,7 +21,7 @@ class Trust:
         is_asked: whether anybody is limited; if not, nothing is measured.
     """
 
-    def __init__(self, engine: Engine, is_asked: bool):
+    def __init__(self, engine: Engine, is_asked: bool) -> None:
         self.engine, self.is_asked = engine, is_asked
         self.latest: float | None = None
         """Euclidean norm of the change that backprop's latest step has made; None before the first."""

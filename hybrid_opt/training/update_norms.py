@@ -23,7 +23,7 @@ class UpdateNorms:
         engine: holds the weights.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
     def before(self, names: Collection[str]) -> None:

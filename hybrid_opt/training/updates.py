@@ -62,7 +62,9 @@ class Updates:
         steps: length of the run, for learning rates that change over it.
     """
 
-    def __init__(self, config: ScheduleFile, engine: Engine, policies: Mapping[int | None, Policy], steps: int | None):
+    def __init__(
+        self, config: ScheduleFile, engine: Engine, policies: Mapping[int | None, Policy], steps: int | None
+    ) -> None:
         self.estimators, self.engine = config.estimators, engine
         self.rules: dict[str, UpdateRule | None] = {
             name: None if isinstance(c, Backprop) else build_rule(c.update) for name, c in self.estimators.items()

@@ -24,7 +24,7 @@ class WeightChecks:
         drift_every: in how many steps each parameter is compared once; 0: none is.
     """
 
-    def __init__(self, engine: Engine, drift_every: int):
+    def __init__(self, engine: Engine, drift_every: int) -> None:
         self.engine, self.drift_every = engine, drift_every
         self.names = [name for name, _ in engine.model.named_parameters()]
         self.numbers = {name: number for number, name in enumerate(self.names)}

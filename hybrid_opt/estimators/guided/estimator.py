@@ -43,7 +43,7 @@ class GuidedEstimator:
     is not finite, counts as 0, and the guides are not judged in such a step. A `FollowsBackprop`; it `Remembers`.
     """
 
-    def __init__(self, config: Guided):
+    def __init__(self, config: Guided) -> None:
         self.config = config
         self.perturbation = build_perturbation(config)
         self.guides: tuple[Guide, ...] = ()

@@ -44,7 +44,7 @@ class ControlVariateEstimator:
     A `Remembers`.
     """
 
-    def __init__(self, inner: Estimator, config: ControlVariate):
+    def __init__(self, inner: Estimator, config: ControlVariate) -> None:
         self.inner = inner
         self.config = config
         self.place: tuple[int, frozenset[str]] | None = None

@@ -22,7 +22,7 @@ class LayerSubsetEstimator:
     estimate is that of the block, not multiplied by L/k: over the steps it is block coordinate descent.
     """
 
-    def __init__(self, inner: Estimator, config: LayerSubset):
+    def __init__(self, inner: Estimator, config: LayerSubset) -> None:
         self.inner = inner
         self.config = config
 

@@ -21,7 +21,7 @@ class MomentumEstimator:
     Steps are those in which the estimator acts and whose estimate is not empty. A `Remembers`.
     """
 
-    def __init__(self, inner: Estimator, config: ReplayedMomentum):
+    def __init__(self, inner: Estimator, config: ReplayedMomentum) -> None:
         self.inner = inner
         self.config = config
         self.latest: deque[list[Replay]] = deque(maxlen=config.window)

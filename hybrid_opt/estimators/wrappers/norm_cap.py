@@ -18,7 +18,7 @@ from hybrid_opt.objectives.contract import Objective
 class NormCapEstimator:
     """`g min(1, c / |g|)` for the inner estimate g over all its parameters, on all ranks, and the largest norm c."""
 
-    def __init__(self, inner: Estimator, config: NormCap):
+    def __init__(self, inner: Estimator, config: NormCap) -> None:
         self.inner = inner
         self.norm = config.norm
 

@@ -23,7 +23,7 @@ class RelativeSigmaEstimator:
     weights the mean of the estimate is the gradient, whatever s. A `Remembers`: s is of the first step that needs it in a stretch of
     `refresh` steps."""
 
-    def __init__(self, inner: Estimator, config: RelativeSigma):
+    def __init__(self, inner: Estimator, config: RelativeSigma) -> None:
         self.inner = inner
         self.config = config
         self.scales: dict[str, tuple[int, float]] = {}

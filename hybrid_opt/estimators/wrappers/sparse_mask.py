@@ -25,7 +25,7 @@ class SparseMaskEstimator:
     masks, because dense noise is evaluated on whole parameters.
     """
 
-    def __init__(self, inner: Estimator, config: SparseMask):
+    def __init__(self, inner: Estimator, config: SparseMask) -> None:
         self.inner = inner
         self.config = config
         self.masks: dict[str, Tensor] = {}

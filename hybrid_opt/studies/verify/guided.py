@@ -4,6 +4,7 @@ One idea: a guide u with a known share `rho^2 = cos(u, g)^2` of the gradient g i
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def threshold(trials: Trials) -> Iterator[Quantity]:
     )
 
 
-def _with_guide(trials: Trials, full: int, rho2: float, **options) -> Tensor:
+def _with_guide(trials: Trials, full: int, rho2: float, **options: Any) -> Tensor:
     """`along_and_squared` of guided ES that has seen one gradient with this share of the loss's, before each estimate anew."""
     known, _, show = _guided_loss(rho2)
     estimator = estimator_of(type="guided", pairs=PAIRS, **options)

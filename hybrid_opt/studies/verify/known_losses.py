@@ -3,6 +3,8 @@
 One idea: they are ordinary modules, so what is measured on them is what runs on a language model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import tanh
@@ -18,7 +20,7 @@ from hybrid_opt.perturbations.contract import Perturbation
 class LinearLoss(nn.Module):
     """`L(W) = sum_l <G_l, W_l>` for matrices W_l (m, n), each in a linear layer of its own; all values of G are standard normal."""
 
-    def __init__(self, m: int = 6, n: int = 8, layers: int = 1):
+    def __init__(self, m: int = 6, n: int = 8, layers: int = 1) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(n, m, bias=False) for _ in range(layers))
         self.slopes = torch.randn(layers, m, n, generator=torch.Generator().manual_seed(5))
@@ -41,7 +43,7 @@ class LinearLoss(nn.Module):
 class QuadraticLoss(nn.Module):
     """`f(w) = 1/2 sum_i h_i w_i^2` with curvatures h from 0.5 to 1.5."""
 
-    def __init__(self, values: int = 12):
+    def __init__(self, values: int = 12) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.randn(values, generator=torch.Generator().manual_seed(6)))
         self.h = torch.linspace(0.5, 1.5, values)
@@ -62,7 +64,7 @@ class QuadraticLoss(nn.Module):
 class LeastSquares(nn.Module):
     """`|A w - b|^2 / (4 n)` from w = 0, less its minimum; A (2n, n) and b standard normal."""
 
-    def __init__(self, values: int, seed: int):
+    def __init__(self, values: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.a = torch.randn(2 * values, values, generator=generator)
@@ -89,7 +91,7 @@ class LeastSquares(nn.Module):
 class TiedLoss(nn.Module):
     """Next token from this one by an embedding, a linear layer and a head that is the embedding (its weight is tied)."""
 
-    def __init__(self, vocabulary: int = 24, size: int = 16, dtype: torch.dtype = torch.float32):
+    def __init__(self, vocabulary: int = 24, size: int = 16, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.embedding, self.inner = nn.Embedding(vocabulary, size), nn.Linear(size, size)
         self.head = nn.Linear(size, vocabulary, bias=False)
@@ -112,7 +114,7 @@ class TiedLoss(nn.Module):
 class Known:
     """A loss with all that an estimator is given."""
 
-    def __init__(self, loss: nn.Module, **engine):
+    def __init__(self, loss: nn.Module, **engine: Any) -> None:
         self.loss = loss
         self.engine = LocalEngine(loss, device="cpu", **engine)
         self.objective = FunctionObjective(lambda model, batch: model(batch))

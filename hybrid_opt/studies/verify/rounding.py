@@ -41,7 +41,7 @@ def rounded_updates(trials: Trials) -> Iterator[Quantity]:
 class _Weights(nn.Module):
     """Weights of one spacing."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         values = torch.rand(1 << 14, generator=torch.Generator().manual_seed(9))
         self.w = nn.Parameter(((0.6 * values + 1.2) * 2.0**-6).bfloat16())
