@@ -1,4 +1,5 @@
-"""The exception for mistakes that a user can mend; the command line shows its message alone and exits with 2."""
+"""The exception for mistakes that a user can mend; the command line shows its message alone and exits with 2. Next:
+`cli/__init__.py`, which does so."""
 
 import difflib
 from collections.abc import Iterable

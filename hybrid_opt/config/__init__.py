@@ -2,7 +2,7 @@
 
 Reading order: `strict.py`, `perturbations.py`, `wrappers.py`, `steps.py`, `probing.py`, `align.py`, `fzoo.py`, `guided.py`,
 `forward_gradient.py`, `estimators.py`, `triggers.py`, `adaptive.py`, `schedule.py`, `data.py`, `tasks.py`, `objectives.py`, `rewards.py`, `run.py`,
-`study.py`, `loading.py`, `explaining.py`.
+`evaluation.py`, `study.py`, `loading.py`, `explaining.py`.
 """
 
 from hybrid_opt.config.explaining import located

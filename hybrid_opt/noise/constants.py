@@ -1,4 +1,4 @@
-"""Numbers that `numba_kernels.py` and `torch_kernels.py` share."""
+"""Numbers that `numba_kernels.py` and `torch_kernels.py` share. Next: `numba_kernels.py`."""
 
 PER_WORD = {"gaussian": 2, "rademacher": 32, "bits": 2}
 """Values made from one index of the hash."""

@@ -1,4 +1,5 @@
-"""What to tell a user about a parameter that low rank noise cannot reach; no torch, because `check` says it too."""
+"""What to tell a user about a parameter that low rank noise cannot reach; no torch, because `check` says it too. Next:
+`member_hooks.py`, which finds the reasons."""
 
 
 def refusal(name: str, reason: str) -> str:

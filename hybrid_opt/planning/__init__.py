@@ -1,1 +1,1 @@
-"""What a run will take, before anything of it is loaded: memory, computing, exchange and time. Start with `prediction.py`."""
+"""What a run will take, before anything of it is loaded: memory, computing, exchange and time. Next: `prediction.py`."""

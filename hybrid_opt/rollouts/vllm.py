@@ -1,4 +1,5 @@
-"""Completions from vLLM, which serves each member as a LoRA adapter of the model's weights. Last of this folder.
+"""Completions from vLLM, which serves each member as a LoRA adapter of the model's weights. Next:
+`served_weights.py`.
 
 One idea: vLLM is a copy of the model in a process of its own. Token ids and seeds go in, token ids come out, and what it computes
 with lies in folders: the weights when they have changed, the adapters of the members that are being evaluated.

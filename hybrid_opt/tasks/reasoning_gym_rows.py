@@ -1,4 +1,5 @@
-"""The process that makes rows of reasoning-gym: an order in JSON on standard input, rows in JSON on standard output.
+"""The process that makes rows of reasoning-gym: an order in JSON on standard input, rows in JSON on standard output. Next:
+`reasoning_gym.py`, which starts it.
 
 One idea: a row holds the metadata that the task's scorer needs as JSON text, so judging never depends on making it again.
 """

@@ -1,1 +1,1 @@
-"""What `hybrid-opt evaluate` measures: models on sets of rows. Next: `subject.py`."""
+"""What `hybrid-opt evaluate` measures: models on sets of rows. Reading order: `subject.py`, `measuring.py`, `table.py`."""
