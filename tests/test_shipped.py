@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -67,6 +68,25 @@ def test_finetune_example(tmp_path):
     assert "loss" in output
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["after"]["loss"] < summary["before"]["loss"]
+
+
+def test_hf_trainer_example_goes_on_from_its_checkpoint(tmp_path):
+    common = [
+        "--model",
+        "tests/data/glass_en",
+        "--text",
+        str(PROSE),
+        "--max-tokens",
+        "32",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    whole = python("examples/hf_trainer.py", *common, "--steps", "16").splitlines()[-1]
+    before, after = (float(word) for word in whole.split() if word.replace(".", "").isdigit())
+    assert after < before
+    shutil.rmtree(tmp_path / "out/checkpoint-16")
+    again = python("examples/hf_trainer.py", *common, "--steps", "16", "--resume").splitlines()[-1]
+    assert again == whole
 
 
 def test_reward_example_shortens_words(tmp_path):
