@@ -83,7 +83,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _next_tokens(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropies(logits[:, :-1], labels[:, 1:]).sum(1)
+    """Labels are moved, not logits, which would be copied."""
+    return cross_entropies(logits, F.pad(labels[:, 1:], (0, 1), value=IGNORED)).sum(1)
 
 
 def _tokens(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
