@@ -108,12 +108,16 @@ def engine_notes(run: RunFile) -> Iterator[Text]:
         values, everything = (sum(math.prod(shapes[p]) for p in names) for names in (owned, shapes))
         yield Text(
             f"zero: {name} may own {values:,} of {everything:,} values; {estimator.optimizer}'s state and float32 masters take "
-            f"{_size(values * bytes_each)} over all ranks, where for all values they would take {_size(everything * bytes_each)}"
+            f"{size(values * bytes_each)} over all ranks, where for all values they would take {size(everything * bytes_each)}"
         )
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def size(count: float) -> str:
+    """Bytes in kilobytes, megabytes or gigabytes."""
+    for unit, least, divisor in (("GB", 1e9, 1e9), ("MB", 1e5, 1e6)):
+        if count >= least:
+            return f"{count / divisor:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _exceptions(estimator: str, otherwise: str, reasons: dict[str, str]) -> Iterator[str]:
@@ -175,7 +179,7 @@ def cost_table(run: RunFile) -> Table:
         moved = may_ever_move(run.schedule, policies, name)
         kept = estimator.keeps({parameter: shapes[parameter] for parameter in moved})
         backwards = int(isinstance(estimator, Backprop))
-        memory = [f"{_size(count)} {what}" for what, count in kept.items()] + ["activations"] * backwards
+        memory = [f"{size(count)} {what}" for what, count in kept.items()] + ["activations"] * backwards
         examples = estimator.examples(run.batch_size_of(name))
         row = (estimator.forwards_a_step, backwards, examples or "")
         table.add_row(name, *map(str, row), "\n".join(memory) or "none")

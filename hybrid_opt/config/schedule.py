@@ -334,6 +334,11 @@ class ScheduleFile(Strict):
         return next((name for name, e in self.estimators.items() if isinstance(e, Backprop)), None)
 
     @property
+    def acting_backprop(self) -> str | None:
+        """Name of the backprop estimator, if the schedule ever lets it act."""
+        return next((name for name in acting_names(self.schedule) if name == self.backprop_name), None)
+
+    @property
     def backprop(self) -> Backprop | None:
         """The backprop estimator."""
         return self.estimators.get(self.backprop_name)

@@ -101,7 +101,7 @@ class Predictor:
         self.policies = resolve_policies(run.schedule, model.movable)
         self.names = acting_names(run.schedule.schedule)
         self.owned = {name: may_ever_move(run.schedule, self.policies, name) for name in self.names}
-        self.backprop = next((n for n in self.names if isinstance(run.schedule.estimators[n], Backprop)), None)
+        self.backprop = run.schedule.acting_backprop
 
     def phases(self) -> list[Prediction]:
         """One a phase; one for a run without."""

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from hybrid_opt.checking import size
 from hybrid_opt.config.foreign_code import code_of
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
@@ -16,8 +17,9 @@ from hybrid_opt.planning.batches import largest_batches
 from hybrid_opt.planning.calibration import Measured, alone, measured
 from hybrid_opt.planning.prediction import Predictor
 from hybrid_opt.planning.step_memory import PretendedModel
-from hybrid_opt.planning.tables import document, memory_tables, notes, shown, totals_table
+from hybrid_opt.planning.tables import document, memory_tables, notes, totals_table
 from hybrid_opt.planning.traffic import Totals, totals_of
+from hybrid_opt.reports.wording import duration
 
 
 def planned(
@@ -92,16 +94,10 @@ def _calibration(rows: dict[str, tuple[int, Measured]], totals: dict[str, Totals
         steps = max((total.steps for name, total in totals.items() if name in who.split("+")), default=0)
         counts = together is None or who == together
         whole += found.seconds * steps * counts
-        times = (f"{steps:,}", _duration(found.seconds * steps)) if counts else ("", "")
-        table.add_row(who, f"{found.seconds:.3g}", *times, shown(peak), shown(found.peak), f"{peak / found.peak:.2f}")
+        times = (f"{steps:,}", duration(found.seconds * steps)) if counts else ("", "")
+        table.add_row(who, f"{found.seconds:.3g}", *times, size(peak), size(found.peak), f"{peak / found.peak:.2f}")
     yield table
-    yield Text(f"steps of the run: about {_duration(whole)}; evaluations, probes and checkpoints come on top")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    yield Text(f"steps of the run: about {duration(whole)}; evaluations, probes and checkpoints come on top")
 
 
 def _device(run: RunFile) -> str:

@@ -7,19 +7,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from hybrid_opt.checking import size
 from hybrid_opt.planning.prediction import Prediction
 from hybrid_opt.planning.traffic import Totals
-
-
-def shown(count: float) -> str:
-    """Bytes, in GB from one on."""
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.1f} MB"
-        if count >= 1e5
-        else f"{count / 1e3:.1f} kB"
-    )
 
 
 def memory_tables(predictions: Iterable[Prediction], ranks: int) -> Iterator[Table]:
@@ -30,18 +20,18 @@ def memory_tables(predictions: Iterable[Prediction], ranks: int) -> Iterator[Tab
         table = Table("when", "memory", "bytes", title=f"{phase}predicted memory{each}", title_justify="left")
         table.columns[2].justify = "right"
         for kind, count in found.lasting.items():
-            table.add_row("always", kind, shown(count))
+            table.add_row("always", kind, size(count))
         for name, acting in found.acting.items():
             table.add_section()
             for kind, count in acting.held.items():
-                table.add_row(f"{name} acts", kind, shown(count))
+                table.add_row(f"{name} acts", kind, size(count))
             for i, (kind, count) in enumerate(acting.passing.items()):
                 table.add_row(
-                    f"{name} acts", f"{kind}{', then' if i == 0 and len(acting.passing) > 1 else ''}", shown(count)
+                    f"{name} acts", f"{kind}{', then' if i == 0 and len(acting.passing) > 1 else ''}", size(count)
                 )
         table.add_section()
         how = "all that act together" if found.together else "the largest of those that act"
-        table.add_row("peak", f"always, and {how}", shown(found.peak), style="bold")
+        table.add_row("peak", f"always, and {how}", size(found.peak), style="bold")
         yield table
 
 
@@ -54,7 +44,7 @@ def totals_table(totals: Mapping[str, Totals], ranks: int) -> Table:
         column.justify = "right"
     for name, total in totals.items():
         row = (total.steps, total.forwards, total.backwards, total.tokens)
-        table.add_row(name, *(f"{value:,}" for value in row), *([shown(total.sent)] if ranks > 1 else []))
+        table.add_row(name, *(f"{value:,}" for value in row), *([size(total.sent)] if ranks > 1 else []))
     return table
 
 

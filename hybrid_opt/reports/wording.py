@@ -51,12 +51,13 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
+    """Seconds, minutes, hours or days, at least two of them."""
     if not known(seconds):
         return ""
-    if seconds < 120:
-        return f"{number(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, each, decimals in (("d", 86400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 2 * each:
+            return f"{seconds / each:.{decimals}f} {unit}"
+    return f"{number(seconds)} s"
 
 
 def short(value: float, _position: int = 0) -> str:

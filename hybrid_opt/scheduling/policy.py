@@ -136,7 +136,7 @@ def resolve_policies(
 def _refuse_gradients_of_others(config: ScheduleFile, policies: dict[int | None, Policy]) -> None:
     """Of parameters that backprop never moves there is never a gradient to be used again."""
     acting = acting_names(config.schedule)
-    fresh = next((name for name in acting if isinstance(config.estimators[name], Backprop)), None)
+    fresh = config.acting_backprop
     for name in (name for name in acting if config.estimators[name].needs_gradient):
         if may_ever_move(config, policies, name).isdisjoint(may_ever_move(config, policies, fresh)):
             raise UserError(

@@ -84,7 +84,7 @@ def stale_gradient(run: RunFile) -> Changes:
     """Where ES would act, the latest gradient once more, by Adam with backprop's learning rate, without a forward pass."""
     document = _document(run.schedule)
     acting = [run.schedule.estimators[name] for name in acting_names(run.schedule.schedule)]
-    gradient = next((e for e in acting if isinstance(e, Backprop)), None)
+    gradient = run.schedule.estimators.get(run.schedule.acting_backprop)
     if gradient is None or not any(isinstance(e, Probing) for e in acting):
         raise UserError("baselines: stale_gradient needs a schedule of es and backprop; drop it from baselines")
     for name, estimator in run.schedule.estimators.items():
@@ -112,13 +112,9 @@ def _name(run: RunFile, kind: type, otherwise: str) -> str:
     return next((name for name, e in run.schedule.estimators.items() if isinstance(e, kind)), otherwise)
 
 
-def _backprop(run: RunFile) -> Backprop | None:
-    return next((e for e in run.schedule.estimators.values() if isinstance(e, Backprop)), None)
-
-
 def _checkpointed(run: RunFile) -> dict[str, Any]:
     """The run's own backprop estimator, or the recipe's, with gradient checkpointing."""
-    estimator = _backprop(run) or load_schedule("backprop_only").estimators["backprop"]
+    estimator = run.schedule.backprop or load_schedule("backprop_only").estimators["backprop"]
     return {**estimator.model_dump(mode="json", exclude_none=True), "gradient_checkpointing": True}
 
 

@@ -83,7 +83,7 @@ class MemoryBudget:
     ) -> None:
         self.budget, self.config, self.engine, self.ownership = budget, config, engine, ownership
         self.estimators = estimators
-        self.name = next((n for n in acting_names(config.schedule) if isinstance(config.estimators[n], Backprop)), None)
+        self.name = config.acting_backprop
         self.blocks = (
             [list(names) for _, names in groupby(self._may_ever_move(self.name), key=block_of)] if self.name else []
         )

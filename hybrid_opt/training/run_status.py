@@ -13,6 +13,7 @@ from typing import Any
 from hybrid_opt.config.training import Budget
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import base_of, checkpoints, step_of
+from hybrid_opt.reports.wording import duration
 from hybrid_opt.training import messages
 from hybrid_opt.training.metrics import measures_of
 from hybrid_opt.training.presence import is_alive, process_of, who
@@ -59,7 +60,7 @@ def _steps(folder: RunFolder, process: dict[str, Any], is_alive: bool) -> Iterat
         clock.stepped(process["began"], begun)
         clock.stepped(time.time(), done)
         if (left := clock.left(time.time())) is not None:
-            yield "end", f"in about {_span(left)}, at {datetime.fromtimestamp(time.time() + left):%Y-%m-%d %H:%M}"
+            yield "end", f"in about {duration(left)}, at {datetime.fromtimestamp(time.time() + left):%Y-%m-%d %H:%M}"
 
 
 def _done(run: RunSoFar, steps: int | None) -> float:
@@ -71,7 +72,7 @@ def _state(folder: RunFolder, alive: bool | None, process: dict[str, Any]) -> st
     if finished := folder.finished():
         return f"finished after {finished['steps']:,} steps"
     if alive:
-        return f"alive: {who(process)}, for {_span(time.time() - process['began'])}"
+        return f"alive: {who(process)}, for {duration(time.time() - process['began'])}"
     if alive is None:
         return f"nobody can tell whether it is alive: this file system has no locks; it was begun by {who(process)}"
     goes_on = folder.saved_step() is not None
@@ -101,11 +102,4 @@ def _said(folder: RunFolder) -> Iterator[tuple[str, str]]:
 
 
 def _ago(file: Path) -> str:
-    return f"{_span(time.time() - file.stat().st_mtime)} ago"
-
-
-def _span(seconds: float) -> str:
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(0, seconds):.0f} s"
+    return f"{duration(time.time() - file.stat().st_mtime)} ago"

@@ -41,7 +41,7 @@ def test_a_finished_run(tmp_path):
     rows, evaluations = lines(tmp_path / "metrics.jsonl"), lines(tmp_path / "evaluations.jsonl")
     assert found["run"] == "finished after 30 steps"
     assert re.fullmatch(
-        rf"30 of 30 \(100% of the run\), loss {rows[-1]['loss']:.4g}, the latest \d+ s ago", found["step"]
+        rf"30 of 30 \(100% of the run\), loss {rows[-1]['loss']:.4g}, the latest [\d.]+ s ago", found["step"]
     )
     assert found["rate"] == f"{sum(row['seconds'] for row in rows[-20:]) / 20:.3g} s a step, over the latest 20"
     assert found["evaluated"] == f"after step 30: loss {evaluations[-1]['loss']:.4g}"
@@ -62,7 +62,7 @@ def test_a_stopped_run_and_what_it_said(tmp_path):
     found = told(tmp_path)
     assert found["run"] == "not running; the command with --resume goes on"
     assert found["step"].startswith("8 of 30 (27% of the run)")
-    assert re.fullmatch(r"after step 8, \d+ s ago, by the ledger", found["saved"])
+    assert re.fullmatch(r"after step 8, [\d.]+ s ago, by the ledger", found["saved"])
     said = (tmp_path / "messages.log").read_text().splitlines()
     assert [line.partition(" ")[2] for line in said] == [
         "warning: something about this batch",
@@ -99,9 +99,9 @@ def test_a_run_that_is_alive_and_is_killed(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         found = told(tmp_path)
-        assert re.match(rf"alive: process {process.pid} on \S+, for \d+ s$", found["run"])
+        assert re.match(rf"alive: process {process.pid} on \S+, for [\d.]+ s$", found["run"])
         assert re.match(r"in about [\d.]+ (s|min|h), at 20\d\d-\d\d-\d\d \d\d:\d\d$", found["end"])
-        assert re.match(r"after step \d+, \d+ s ago$", found["saved"])
+        assert re.match(r"after step \d+, [\d.]+ s ago$", found["saved"])
         with pytest.raises(
             UserError, match=rf"is being written by process {process.pid} on .*; wait for it or stop it"
         ):
