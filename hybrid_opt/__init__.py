@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from hybrid_opt.objectives.contract import FunctionObjective, Objective
     from hybrid_opt.objectives.judging import Judge
     from hybrid_opt.objectives.reward import RewardData, RewardObjective
+    from hybrid_opt.run_files.summary import Summary
     from hybrid_opt.scheduling.policy import Policy
     from hybrid_opt.scheduling.schedule import Schedule
     from hybrid_opt.scheduling.signals import Signals
     from hybrid_opt.training.build import build
     from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
     from hybrid_opt.training.step_report import StepReport
-    from hybrid_opt.training.summary import Summary
     from hybrid_opt.training.trainer import Trainer
 
 _HOMES = {

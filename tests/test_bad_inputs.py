@@ -14,8 +14,8 @@ import yaml
 
 from hybrid_opt import cli
 from hybrid_opt.config import load_run
-from hybrid_opt.training.messages import NAME as MESSAGES
-from hybrid_opt.training.presence import NAME as PROCESS
+from hybrid_opt.run_files.messages import NAME as MESSAGES
+from hybrid_opt.run_files.presence import NAME as PROCESS
 from tests.conftest import GLASS, ROOT, run_document
 
 Arrange = Callable[[Path], list[str]]

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hybrid_opt import HybridOptimizer
-from hybrid_opt.checking import cost_table
 from hybrid_opt.config import load_run, load_schedule, recipes
 from hybrid_opt.config.schedule import acting_names
 from hybrid_opt.estimators.forward_gradient import DUAL_FORWARD
+from hybrid_opt.planning.checking import cost_table
 from tests.conftest import tiny_model, token_batch, token_losses
 
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from hybrid_opt import UserError, build, cli, load_run
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.models.loading import load_model, load_tokenizer
-from hybrid_opt.training.progress import Silence
 from tests.conftest import GLASS, run_document
 from tests.test_bad_inputs import contents, exit_code
 

@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from hybrid_opt import UserError, build, load_run
-from hybrid_opt.checking import cost_table, objective_lines, timeline
 from hybrid_opt.config import load_study
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.explaining import validate
@@ -27,14 +26,15 @@ from hybrid_opt.config.foreign_code import code_of
 from hybrid_opt.config.loading import recipes
 from hybrid_opt.config.run import Model, RunFile
 from hybrid_opt.config.yaml_text import parse_yaml
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.models.inventory import inventory
 from hybrid_opt.objectives.checking import check_data
 from hybrid_opt.objectives.time_limit import TimedOut, call_within
+from hybrid_opt.planning.checking import cost_table, objective_lines, timeline
+from hybrid_opt.run_files.run_folder import dump_yaml
 from hybrid_opt.scheduling.policy import resolve_policies
 from hybrid_opt.studies.arms import StudyPlan
-from hybrid_opt.training.progress import Silence
-from hybrid_opt.training.run_folder import dump_yaml
 from tests.conftest import GLASS, LLAMA_LIKE
 
 SLOWEST = 10.0

@@ -8,9 +8,9 @@ import pytest
 
 from hybrid_opt import UserError
 from hybrid_opt.config import load_schedule, load_study
+from hybrid_opt.run_files.run_folder import RunFolder, remove_entries
 from hybrid_opt.studies.arms import StudyPlan, slug
 from hybrid_opt.studies.study_folder import StudyFolder
-from hybrid_opt.training.run_folder import RunFolder, remove_entries
 from tests.conftest import run_document
 from tests.test_bad_inputs import exit_code
 

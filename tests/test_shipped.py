@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from hybrid_opt import build, load_run, load_schedule
-from hybrid_opt.checking import policy_tables, timeline
 from hybrid_opt.config import load_study, recipes
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.objectives.checking import check_data
+from hybrid_opt.planning.checking import policy_tables, timeline
 from hybrid_opt.studies.arms import StudyPlan
-from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, run_document
 
 RECIPES = sorted((ROOT / "schedules").glob("*.yaml"))

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 from warm_up import MAX_NEW_TOKENS, WarmUp, greedy_exact_match, stop_tokens, warmed_up
 
-from hybrid_opt.memory import forget_peak, peak_memory_bytes
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes
 
 ENDLESS = 10**6
 """Steps; the clock ends a run, never their number."""

@@ -15,7 +15,7 @@ from sums import STOP, exact_match
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hybrid_opt.memory import forget_peak, peak_memory_bytes
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes
 
 IGNORED = -100
 MAX_NEW_TOKENS = 8

@@ -1,4 +1,4 @@
-"""The command plan. Next: `../checking.py`, `../planning/prediction.py`."""
+"""The command plan. Next: `../planning/checking.py`, `../planning/prediction.py`."""
 
 import json
 from collections.abc import Callable
@@ -64,9 +64,9 @@ def plan(
     config, source = load(run, overrides, schedule)
     from rich.console import Console
 
-    from hybrid_opt.checking import cost_table, timeline
     from hybrid_opt.config import located
     from hybrid_opt.config.foreign_code import code_of_model, refuse_code
+    from hybrid_opt.planning.checking import cost_table, timeline
 
     with located(source):
         refuse_code(code_of_model(config.model), allow_code)
@@ -105,7 +105,7 @@ def _sizes(names: list[str], device: str, world_size: int, batch_size: int, toke
 
 def _writer(path: Path | None) -> Callable[[dict], None]:
     def write(document: dict) -> None:
-        from hybrid_opt.training.durable import write_atomically
+        from hybrid_opt.run_files.durable import write_atomically
 
         if path is not None:
             write_atomically(path, json.dumps(document, indent=2) + "\n")

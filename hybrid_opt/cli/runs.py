@@ -43,7 +43,7 @@ def train(
         from rich.console import Console
 
         from hybrid_opt.config import located
-        from hybrid_opt.training.run_folder import RunFolder
+        from hybrid_opt.run_files.run_folder import RunFolder
 
     console, folder = Console(quiet=rank() > 0), RunFolder(config.output)
     if resume == "auto":
@@ -55,9 +55,9 @@ def train(
             ("newest", False) if goes_on else (None, True)
         )  # what there is has no checkpoint to go on from
     with located(source), importing():  # building imports the engine and the model's classes
+        from hybrid_opt.display.dashboard import display_for
+        from hybrid_opt.display.progress import summary_table
         from hybrid_opt.training.build import build
-        from hybrid_opt.training.dashboard import display_for
-        from hybrid_opt.training.progress import summary_table
 
         shown = display_for(display, console, config.training.budget)
         trainer = build(config, allow_code=allow_code, overwrite=overwrite, resume=resume is not None, display=shown)
@@ -88,11 +88,11 @@ def check(
 ) -> None:
     """Validate a run file without training, and show which estimators may move which parameters."""
     with importing():
-        from hybrid_opt.checking import engine_notes, objective_lines, policy_tables
         from hybrid_opt.config import located
         from hybrid_opt.config.foreign_code import code_of, code_of_model, refuse_code
         from hybrid_opt.config.reporting import refuse_missing_packages
         from hybrid_opt.objectives.checking import check_data
+        from hybrid_opt.planning.checking import engine_notes, objective_lines, policy_tables
 
     config, source = load(run, overrides, schedule)
     with located(source):

@@ -1,4 +1,4 @@
-"""Names of the experiment trackers that a run may report to. Next: `../training/trackers.py`, which drives them.
+"""Names of the experiment trackers that a run may report to. Next: `../display/trackers.py`, which drives them.
 
 One idea: the names and packages of transformers' integrations stand here a second time, so that a run file is checked without
 importing transformers; a test holds the two together.

@@ -20,11 +20,11 @@ from hybrid_opt.errors import UserError
 from hybrid_opt.integrations.label_losses import LabelLosses
 from hybrid_opt.integrations.step_batches import everybodys, joined
 from hybrid_opt.integrations.training_arguments import engine_of, with_arguments
-from hybrid_opt.memory import forget_peak, peak_memory_bytes
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.recovery.state_files import read_state, write_state
+from hybrid_opt.run_files.durable import written_aside
 from hybrid_opt.training.deciding import Decisions
-from hybrid_opt.training.durable import written_aside
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.step_report import StepReport
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid_opt.engines.contract import Engine
-from hybrid_opt.memory import free_memory_bytes
+from hybrid_opt.machine.memory import free_memory_bytes
 from hybrid_opt.objectives.contract import Generates, Objective, count_elements
 
 EFFICIENT = {"cpu": 1024, "cuda": 32768}

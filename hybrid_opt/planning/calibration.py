@@ -12,9 +12,15 @@ import torch
 from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import Blend, Schedule, Single, acting_names
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes, release_memory, return_freed_memory
+from hybrid_opt.display.progress import Silence
+from hybrid_opt.machine.memory import (
+    forget_peak,
+    peak_memory_bytes,
+    present_memory_bytes,
+    release_memory,
+    return_freed_memory,
+)
 from hybrid_opt.training.build import build
-from hybrid_opt.training.progress import Silence
 
 TIMED = 3
 """Steps that are timed, after two on the largest batch that tell the peak and warm up."""

@@ -8,13 +8,13 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from hybrid_opt.checking import size
 from hybrid_opt.config.foreign_code import code_of
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.objectives.contract import count_tokens
 from hybrid_opt.planning.batches import largest_batches
 from hybrid_opt.planning.calibration import Measured, alone, measured
+from hybrid_opt.planning.checking import size
 from hybrid_opt.planning.prediction import Predictor
 from hybrid_opt.planning.step_memory import PretendedModel
 from hybrid_opt.planning.tables import document, memory_tables, notes, totals_table

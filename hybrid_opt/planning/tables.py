@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from hybrid_opt.checking import size
+from hybrid_opt.planning.checking import size
 from hybrid_opt.planning.prediction import Prediction
 from hybrid_opt.planning.traffic import Totals
 

@@ -22,7 +22,7 @@ from typing import Any
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.state_files import read_state, write_state
-from hybrid_opt.training.durable import sync
+from hybrid_opt.run_files.durable import sync
 
 MANIFEST = "manifest.json"
 FORMAT = 1

@@ -12,9 +12,9 @@ from hybrid_opt.config.engines import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.ledger import PACKED, encoded, whole_lines
 from hybrid_opt.recovery.replaying import find_ledger, read_run, refuse_present
+from hybrid_opt.run_files.durable import write_atomically
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.training.build import with_engine_dtype
-from hybrid_opt.training.durable import write_atomically
-from hybrid_opt.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ from hybrid_opt.recovery.checkpoint import (
 )
 from hybrid_opt.recovery.ledger import Ledger, read_steps
 from hybrid_opt.recovery.records import description_of
-from hybrid_opt.training.durable import CannotWriteError
+from hybrid_opt.run_files.durable import CannotWriteError
 
 if TYPE_CHECKING:
+    from hybrid_opt.run_files.run_folder import RunFolder
     from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-    from hybrid_opt.training.run_folder import RunFolder
     from hybrid_opt.training.step_report import StepReport
 
 

@@ -16,9 +16,9 @@ from hybrid_opt.models.loading import load_model
 from hybrid_opt.recovery.checkpoint import base_of, checkpoints, load_checkpoint, place_of, step_of, verified
 from hybrid_opt.recovery.ledger import NAME, PACKED, read_steps, whole_lines
 from hybrid_opt.recovery.records import description_of
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.training.build import with_engine_dtype
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

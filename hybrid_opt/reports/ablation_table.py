@@ -11,8 +11,8 @@ from hybrid_opt.reports.content import Column, Table
 from hybrid_opt.reports.keys import arm_keys
 from hybrid_opt.reports.records import Study
 from hybrid_opt.reports.wording import known, number, size, with_interval
+from hybrid_opt.run_files.summary import told_counts
 from hybrid_opt.studies.goal import BETTER
-from hybrid_opt.training.summary import told_counts
 
 COSTS = (STEPS, SECONDS, *AMOUNTS, Column("peak_memory_bytes", "peak memory", size))
 

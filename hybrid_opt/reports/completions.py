@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from hybrid_opt.reports.records import Run
 from hybrid_opt.reports.statistic_panels import Chosen, Statistic, names_of, statistic_of
-from hybrid_opt.training.summary import COUNTED
+from hybrid_opt.run_files.summary import COUNTED
 
 COMPLETIONS = {
     "completion_tokens": Statistic("Completion length", "tokens", from_zero=True),

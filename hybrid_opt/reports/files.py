@@ -10,7 +10,7 @@ from typing import Any
 
 from hybrid_opt.config.yaml_text import parse_yaml
 from hybrid_opt.errors import UserError
-from hybrid_opt.training.json_lines import JsonLines
+from hybrid_opt.run_files.json_lines import JsonLines
 
 
 def read_text(path: Path) -> str | None:

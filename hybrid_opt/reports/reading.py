@@ -11,9 +11,9 @@ from typing import Any
 from hybrid_opt.errors import UserError
 from hybrid_opt.reports.files import read_csv, read_lines, read_mapping, read_text
 from hybrid_opt.reports.records import Evaluation, Run, Step, Study, StudyRun
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.studies.study_folder import StudyFolder
 from hybrid_opt.training.goal import goal_of, own_losses
-from hybrid_opt.training.run_folder import RunFolder
 
 KEYS = ("task", "budget", "arm")
 

@@ -21,8 +21,8 @@ from hybrid_opt.reports.thinning import bin_size, thinning_note
 from hybrid_opt.reports.timeline import timeline_of_run
 from hybrid_opt.reports.update_norms import norms_panel
 from hybrid_opt.reports.wording import count, duration, known, measure, signed, size
+from hybrid_opt.run_files.summary import counts_of, told_counts
 from hybrid_opt.training.goal import shown
-from hybrid_opt.training.summary import counts_of, told_counts
 
 SHARES = (Column("estimator", "estimator", numeric=False), STEPS, *AMOUNTS, SECONDS)
 GAINS = {

@@ -21,10 +21,10 @@ import torch
 from hybrid_opt.config.run import Model
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import architecture
+from hybrid_opt.run_files.durable import CannotWriteError, write_atomically
 from hybrid_opt.studies.bench_memory import Memory, row_memory
 from hybrid_opt.studies.bench_plan import GENERATION_ROWS, MEMBER_ROWS, Case, master_weights_of, reference_of
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, Step, build_step, load_for, problem_of
-from hybrid_opt.training.durable import CannotWriteError, write_atomically
 
 Say = Callable[[str], None]
 """Is told what is being measured."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes, present_memory_bytes
 from hybrid_opt.studies.bench_plan import Case
 from hybrid_opt.studies.bench_rows import FAILURES, OUT_OF_MEMORY, build_step, load_for, problem_of
 

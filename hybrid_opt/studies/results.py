@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 from scipy import stats
 
-from hybrid_opt.training.durable import write_atomically, written_aside
+from hybrid_opt.run_files.durable import write_atomically, written_aside
 
 CONFIDENCE = 0.95
 COUNTED = (

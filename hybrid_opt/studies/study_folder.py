@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.training import locking
-from hybrid_opt.training.durable import ASIDE, write_atomically
-from hybrid_opt.training.run_folder import REPORTS, dump_yaml, remove_entries
+from hybrid_opt.run_files import locking
+from hybrid_opt.run_files.durable import ASIDE, write_atomically
+from hybrid_opt.run_files.run_folder import REPORTS, dump_yaml, remove_entries
 
 CONTENTS = (
     *("study.yaml", "study.json", "results.csv", "results.parquet", "summary.csv", "lock", "runs", "fit", "search"),

@@ -1,4 +1,4 @@
-"""What each estimator contributed to the fall of the loss. Next: `summary.py`.
+"""What each estimator contributed to the fall of the loss. Next: `../run_files/summary.py`.
 
 One idea: the loss on a fixed set of probe rows is measured whenever other estimators take over, and the change since the
 last measurement is credited to those who acted in between. Losses of training batches would not do: they differ more

@@ -23,6 +23,7 @@ from hybrid_opt.config.reporting import refuse_missing_packages
 from hybrid_opt.config.rewards import Reward
 from hybrid_opt.config.run import Model, RunFile
 from hybrid_opt.config.training import Budget
+from hybrid_opt.display.progress import Display
 from hybrid_opt.engines.build import refuse_many_processes
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
 from hybrid_opt.engines.ranks import launched_world_size
@@ -32,12 +33,11 @@ from hybrid_opt.objectives.batches import ShuffledBatches
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.rollouts.adapters import refuse_what_adapters_cannot_carry
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.length_threshold import fitted, with_threshold
-from hybrid_opt.training.progress import Display
 from hybrid_opt.training.run_data import ExampleData, examples_of, objective_of, own_batches, own_data
-from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
 
 

@@ -6,7 +6,7 @@ One idea: the loss on the probe rows is measured once a step whoever asks for it
 from collections.abc import Callable, Collection, Mapping
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import free_memory_bytes
+from hybrid_opt.machine.memory import free_memory_bytes
 from hybrid_opt.objectives.batches import Batches
 from hybrid_opt.recovery.checkpoint import place_of
 from hybrid_opt.recovery.keeping import Keeper

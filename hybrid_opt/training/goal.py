@@ -1,4 +1,4 @@
-"""What the numbers of a run are of: a loss or a reward, the run's objective or an estimator's own. Next: `progress.py`.
+"""What the numbers of a run are of: a loss or a reward, the run's objective or an estimator's own. Next: `../display/progress.py`.
 
 One idea: everything is minimised, and people are shown what they asked for; a loss that is a reward's negative is shown as the reward.
 """

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from hybrid_opt.config.engines import LocalEngine
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import ScheduleFile, Single
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.scheduling.policy import acting_in, policies_of
 from hybrid_opt.training.build import build
 from hybrid_opt.training.missing_gradients import LOOKS
-from hybrid_opt.training.progress import Silence
 
 
 def gradient_lines(run: RunFile, *, allow_code: bool = False) -> Iterator[str]:

@@ -18,7 +18,6 @@ from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
-from hybrid_opt.energy import EnergyMeter
 from hybrid_opt.engines.build import build_engine, with_engine_settings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
@@ -26,6 +25,7 @@ from hybrid_opt.estimators.comparison import compared_with
 from hybrid_opt.estimators.contract import Cost, Estimate
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
+from hybrid_opt.machine.energy import EnergyMeter
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
 from hybrid_opt.recovery.records import Record, digest_of

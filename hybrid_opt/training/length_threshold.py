@@ -12,7 +12,7 @@ from torch import nn
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import Single
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import return_freed_memory
+from hybrid_opt.machine.memory import return_freed_memory
 from hybrid_opt.objectives.batches import length_of
 from hybrid_opt.objectives.contract import Objective
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer

@@ -13,7 +13,7 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.engines.contract import Contribution
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.estimators.backprop import BackpropEstimator
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, release_memory
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes, release_memory
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective
 

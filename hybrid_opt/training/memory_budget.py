@@ -1,4 +1,4 @@
-"""How much backprop may own within a memory budget, found by trying. Next: `../scheduling/ownership.py`, `../memory.py`.
+"""How much backprop may own within a memory budget, found by trying. Next: `../scheduling/ownership.py`, `../machine/memory.py`.
 
 One idea: what backprop takes grows with every further layer towards the input, so the model's parameters are a row of blocks, backprop owns as
 many of the last ones as fit, and the estimators that share them with it own the rest. Whether they fit is measured, with steps that are
@@ -17,7 +17,7 @@ from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.backprop import can_checkpoint
 from hybrid_opt.estimators.build import build_estimator
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, release_memory, return_freed_memory
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes, release_memory, return_freed_memory
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Objective, count_examples
 from hybrid_opt.scheduling.ownership import Ownership

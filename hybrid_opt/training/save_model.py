@@ -1,4 +1,4 @@
-"""The final model on disk, as transformers loads it. Next: `curves.py`."""
+"""The final model on disk, as transformers loads it. Next: `../run_files/curves.py`."""
 
 import copy
 from pathlib import Path
@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hybrid_opt.engines.contract import Engine, is_spread
-from hybrid_opt.training.durable import written_aside
+from hybrid_opt.run_files.durable import written_aside
 
 
 def save_model(engine: Engine, tokenizer: Any, folder: Path) -> None:

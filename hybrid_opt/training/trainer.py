@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `deciding.py`, `hybrid_optimizer.py`, `journal.py`.
+"""The loop: steps, evaluations, checkpoints, and what a run leaves behind. Next: `deciding.py`, `hybrid_optimizer.py`, `../run_files/journal.py`.
 
 One idea: the trainer adds nothing to the method. It asks `HybridOptimizer` for one step after another and writes down
 what happened, so a loop of one's own around the same object gives the same weights.
@@ -16,27 +16,27 @@ from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.reporting import refuse_missing_packages, reporters
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.config.training import Budget
+from hybrid_opt.display.dashboard import display_for
+from hybrid_opt.display.progress import Display, Displays, Silence
+from hybrid_opt.display.trackers import Trackers, hyperparameters
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import forget_peak, peak_memory_bytes
+from hybrid_opt.machine.description import describe_machine
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes
 from hybrid_opt.objectives.batches import Batches, as_batches
 from hybrid_opt.objectives.contract import Generates, Objective
 from hybrid_opt.objectives.generators import Generators
 from hybrid_opt.recovery.keeping import Keeper
-from hybrid_opt.training.dashboard import display_for
+from hybrid_opt.run_files.durable import CannotWriteError
+from hybrid_opt.run_files.journal import Journal
+from hybrid_opt.run_files.metrics import metrics_row
+from hybrid_opt.run_files.run_folder import RunFolder
+from hybrid_opt.run_files.summary import Summary
 from hybrid_opt.training.deciding import Decisions
 from hybrid_opt.training.divergence import Guard
-from hybrid_opt.training.durable import CannotWriteError
 from hybrid_opt.training.evaluation import evaluate
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.interrupt import stop_requests
-from hybrid_opt.training.journal import Journal
-from hybrid_opt.training.machine import describe_machine
-from hybrid_opt.training.metrics import metrics_row
-from hybrid_opt.training.progress import Display, Displays, Silence
-from hybrid_opt.training.run_folder import RunFolder
 from hybrid_opt.training.save_model import save_model
-from hybrid_opt.training.summary import Summary
-from hybrid_opt.training.trackers import Trackers, hyperparameters
 from hybrid_opt.training.update_norms import UpdateNorms
 
 

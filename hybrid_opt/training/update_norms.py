@@ -1,4 +1,4 @@
-"""How far each step moved each layer, and who moved it. Next: `metrics.py`.
+"""How far each step moved each layer, and who moved it. Next: `../run_files/metrics.py`.
 
 One idea: the weights are looked at before and after a step, so it does not matter by which rule, optimizer or engine they were moved;
 and a fixed sample of each parameter is enough, so it costs neither memory nor a second read of the estimates.

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from hybrid_opt.config import RunFile, ScheduleFile, load_run, load_schedule, recipes
 from hybrid_opt.errors import UserError
-from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.run_files.run_folder import RunFolder
 from tests.conftest import GLASS, SPAM, run_document
 
 ES = {"type": "es", "learning_rate": 1e-3}

@@ -5,6 +5,7 @@ import torch
 
 from hybrid_opt import HybridOptimizer, Trainer
 from hybrid_opt.config.guided import Guided
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.local import Gradients, LocalEngine
 from hybrid_opt.estimators.guided.designs import ExactDesign, MixedDesign
 from hybrid_opt.estimators.guided.directions import GuidedDirections
@@ -13,7 +14,6 @@ from hybrid_opt.estimators.guided.span import span
 from hybrid_opt.estimators.guided.storage import Guide, StoredValues, sketched
 from hybrid_opt.noise.keys import Key, StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
-from hybrid_opt.training.progress import Silence
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 from tests.estimators.losses import LinearLoss, errors_and_cosines, near, quadratic, read_all
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hybrid_opt import HybridOptimizer, Trainer, load_run
-from hybrid_opt.checking import timeline
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.local import Gradients, LocalEngine
 from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.stale_gradient import StaleGradientEstimator
-from hybrid_opt.training.progress import Silence
+from hybrid_opt.planning.checking import timeline
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 
 A, B = 0.5, 0.2

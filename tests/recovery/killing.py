@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file
 
 from hybrid_opt.config.keeping import Keeping
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.recovery import ledger
-from hybrid_opt.training.progress import Silence
-from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import imports_are_done, tiny_model, token_batch, token_losses
 

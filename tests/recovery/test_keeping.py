@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hybrid_opt.config.keeping import Keeping
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import base_of, checkpoints
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import tiny_model, token_batch, token_losses
 

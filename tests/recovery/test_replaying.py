@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from hybrid_opt import UserError, build, load_model, load_run, load_tokenizer
 from hybrid_opt.cli import main
 from hybrid_opt.config.run import Model
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.recovery.export import export
 from hybrid_opt.recovery.replaying import replay
-from hybrid_opt.training.progress import Silence
 from tests.conftest import ROOT
 
 ES = {"type": "es", "population_size": 6, "sigma": 0.01, "learning_rate": 1e-3}

@@ -7,9 +7,9 @@ from typer.testing import CliRunner
 
 from hybrid_opt import cli
 from hybrid_opt.config import load_run
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.reports.writing import read_report
 from hybrid_opt.training.build import build
-from hybrid_opt.training.progress import Silence
 
 
 @pytest.fixture

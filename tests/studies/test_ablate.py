@@ -14,10 +14,10 @@ import yaml
 
 from hybrid_opt import UserError, build, load_run
 from hybrid_opt.config import load_study
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.reports.writing import write_report
 from hybrid_opt.studies.ablate import Ablation
 from hybrid_opt.studies.arms import StudyPlan
-from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, run_document
 from tests.training.test_objectives import REWARD
 

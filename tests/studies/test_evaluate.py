@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hybrid_opt.cli import main
 from hybrid_opt.config import load_run
 from hybrid_opt.config.evaluation import RowSet
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
 from hybrid_opt.studies.evaluate.measuring import Measured, evaluated, perplexity
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, OWN, SECOND, subject
 from hybrid_opt.studies.evaluate.table import verdict
 from hybrid_opt.training.build import build
-from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, ROOT, SPAM, run_document
 
 SCHEDULE = {

@@ -7,6 +7,7 @@ import torch
 
 from hybrid_opt.config import load_run
 from hybrid_opt.config.by_length import ByLength
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.local import LocalEngine
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
@@ -18,7 +19,6 @@ from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.lengths import dealt
 from hybrid_opt.training.measured_peak import largest_that_fits, peak_of_backprop
-from hybrid_opt.training.progress import Silence
 from tests.conftest import PROSE, interrupt_after, tiny_model
 from tests.training.test_trainer import lines
 

@@ -10,7 +10,7 @@ import torch
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint, verified
-from hybrid_opt.training.run_folder import RunFolder
+from hybrid_opt.run_files.run_folder import RunFolder
 from tests.damage import damaged
 
 STATE = {

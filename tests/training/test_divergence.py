@@ -10,11 +10,11 @@ from torch import nn
 from hybrid_opt import Trainer, UserError, load_run
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.training import Training
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import DivergedError
 from hybrid_opt.reports.writing import read_report
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.training.divergence import Watch
-from hybrid_opt.training.progress import Silence
-from hybrid_opt.training.run_folder import RunFolder
 from tests.conftest import PROSE, die_before, interrupt_after
 
 INF, NAN = math.inf, math.nan

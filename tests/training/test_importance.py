@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hybrid_opt.config import load_schedule
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
 from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 from tests.training.test_trainer import lines

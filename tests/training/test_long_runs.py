@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from hybrid_opt import Trainer
-from hybrid_opt.memory import present_memory_bytes
-from hybrid_opt.training.curves import draw_curves
-from hybrid_opt.training.progress import Lines
-from hybrid_opt.training.run_so_far import POINTS
+from hybrid_opt.display.progress import Lines
+from hybrid_opt.display.run_so_far import POINTS
+from hybrid_opt.machine.memory import present_memory_bytes
+from hybrid_opt.run_files.curves import draw_curves
 
 CPU = torch.device("cpu")
 ES = {"type": "es", "population_size": 2, "sigma": 0.01, "learning_rate": 1e-4, "fitness_shaping": "none"}

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from hybrid_opt.config.estimators import Backprop
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
-from hybrid_opt.memory import forget_peak, peak_memory_bytes, present_memory_bytes, release_memory
+from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes, present_memory_bytes, release_memory
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.memory_budget import MemoryBudget, Saving, savings_of
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import imports_are_done, interrupt_after, tiny_model, token_batch, token_losses
 from tests.training.test_trainer import lines

@@ -8,10 +8,10 @@ import yaml
 from torch import nn
 
 from hybrid_opt.config import load_run
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
 from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import die_before
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybrid_opt import build, load_run
-from hybrid_opt.checking import objective_lines
+from hybrid_opt.display.dashboard import Dashboard
+from hybrid_opt.planning.checking import objective_lines
 from hybrid_opt.reports.writing import write_report
-from hybrid_opt.training.dashboard import Dashboard
 from tests.conftest import run_document
 from tests.training.test_objectives import REWARD
 

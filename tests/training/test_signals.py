@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 from tests.training.test_trainer import lines

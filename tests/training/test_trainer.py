@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt import LocalEngine, Trainer, UserError, build, load_run
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.recovery.checkpoint import checkpoints
 from hybrid_opt.training.evaluation import evaluate
-from hybrid_opt.training.progress import Silence
 from tests.conftest import GLASS, PROSE, ROOT, die_before, interrupt_after, tiny_model, token_batch, token_losses
 
 LM = {

@@ -9,9 +9,9 @@ from torch import nn
 
 from hybrid_opt import HybridOptimizer, UserError
 from hybrid_opt.config.loading import load_schedule
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.ranks import Ranks
 from hybrid_opt.recovery.checkpoint import load_checkpoint, save_checkpoint
-from hybrid_opt.training.progress import Silence
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 from tests.training.test_trainer import lines

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from hybrid_opt import HybridOptimizer, Trainer
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import DivergedError, DriftError
 from hybrid_opt.recovery.checkpoint import checkpoints
-from hybrid_opt.training.progress import Silence
 
 SGD = {"type": "backprop", "optimizer": "SGD", "learning_rate": 0.1}
 ES = {"type": "es", "population_size": 6, "learning_rate": 0.1, "perturbation": {"type": "dense"}}

@@ -18,6 +18,7 @@ from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.estimators import Estimator as EstimatorConfig
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.config.schedule import acting_names
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.engines.contract import whole_shape
 from hybrid_opt.engines.inner_products import inner_products
 from hybrid_opt.errors import UserError
@@ -31,7 +32,6 @@ from hybrid_opt.studies.verify.laws import Part, directions_of, expected_cosine,
 from hybrid_opt.studies.verify.quantity import WHOLE_RESOLUTION, Quantity, cosine, function_of_means
 from hybrid_opt.training.build import build
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.progress import Silence
 
 MOST_GROUPS = 8
 FEWEST_ESTIMATES = 16

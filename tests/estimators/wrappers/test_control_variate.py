@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from hybrid_opt import HybridOptimizer
-from hybrid_opt.checking import cost_table, timeline
 from hybrid_opt.config import load_run
 from hybrid_opt.config.probing import EvolutionStrategy, Spsa
 from hybrid_opt.config.wrappers import ControlVariate
@@ -15,6 +14,7 @@ from hybrid_opt.estimators.spsa import SpsaEstimator
 from hybrid_opt.estimators.wrappers.control_variate import ControlVariateEstimator
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import FunctionObjective
+from hybrid_opt.planning.checking import cost_table, timeline
 from tests.conftest import tiny_model, token_batch, token_losses
 from tests.estimators.losses import near, quadratic, read_all
 

@@ -34,10 +34,10 @@ from hybrid_opt.config.yaml_text import YAML_12_FLOAT, read_yaml
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import checkpoints, step_of
 from hybrid_opt.recovery.ledger import NAME
-from hybrid_opt.training.durable import ASIDE, write_atomically, writing
-from hybrid_opt.training.json_lines import JsonLines
-from hybrid_opt.training.messages import NAME as MESSAGES
-from hybrid_opt.training.presence import NAME as PROCESS
+from hybrid_opt.run_files.durable import ASIDE, write_atomically, writing
+from hybrid_opt.run_files.json_lines import JsonLines
+from hybrid_opt.run_files.messages import NAME as MESSAGES
+from hybrid_opt.run_files.presence import NAME as PROCESS
 
 REPORTS = ("report.html", "report.md", "report.json", "report.png")
 CONTENTS = (

@@ -12,10 +12,10 @@ import warnings
 
 import pytest
 
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
-from hybrid_opt.training.presence import is_alive, present, process_of
-from hybrid_opt.training.progress import Silence
-from hybrid_opt.training.run_status import status_lines
+from hybrid_opt.run_files.presence import is_alive, present, process_of
+from hybrid_opt.run_files.run_status import status_lines
 from hybrid_opt.training.trainer import Trainer
 from tests.conftest import interrupt_after, tiny_model, token_batch, token_losses
 from tests.training.test_trainer import lines

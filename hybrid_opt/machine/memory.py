@@ -1,4 +1,4 @@
-"""Memory of the device and of this process. Next: `training/memory_budget.py`, `perturbations/forward_size.py`, which go by it."""
+"""Memory of the device and of this process. Next: `../training/memory_budget.py`, `../perturbations/forward_size.py`, which go by it."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""The outcome of a run: before, after, and what each estimator contributed. Next: `progress.py`, `curves.py`."""
+"""The outcome of a run: before, after, and what each estimator contributed. Next: `../display/progress.py`, `curves.py`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace

@@ -2,8 +2,8 @@
 
 import torch
 
-from hybrid_opt import energy
 from hybrid_opt.config import load_schedule
+from hybrid_opt.machine import energy
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from tests.conftest import tiny_model, token_batch, token_losses
 

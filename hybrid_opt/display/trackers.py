@@ -15,9 +15,9 @@ from transformers.integrations import integration_utils
 from hybrid_opt.config.loading import flat
 from hybrid_opt.config.reporting import reporters
 from hybrid_opt.errors import UserError
+from hybrid_opt.run_files.metrics import TOTALS
+from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
-from hybrid_opt.training.metrics import TOTALS
-from hybrid_opt.training.run_folder import RunFolder
 
 OF_A_STEP = (
     "loss",

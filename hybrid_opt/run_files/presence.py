@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.training import locking
-from hybrid_opt.training.durable import writing
+from hybrid_opt.run_files import locking
+from hybrid_opt.run_files.durable import writing
 
 NAME = "process.json"
 

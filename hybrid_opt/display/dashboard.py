@@ -15,10 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from hybrid_opt.config.training import Budget
-from hybrid_opt.training.dashboard_lines import dashboard_lines
-from hybrid_opt.training.metrics import measures_of
-from hybrid_opt.training.progress import Display, Lines, Silence, evaluation_line, is_told
-from hybrid_opt.training.run_so_far import Clock, RunSoFar
+from hybrid_opt.display.dashboard_lines import dashboard_lines
+from hybrid_opt.display.progress import Display, Lines, Silence, evaluation_line, is_told
+from hybrid_opt.display.run_so_far import Clock, RunSoFar
+from hybrid_opt.run_files.metrics import measures_of
 
 Choice = Literal["auto", "dashboard", "lines", "none"]
 PAUSE = 0.25

@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from hybrid_opt.training.durable import CannotWriteError, append_line
+from hybrid_opt.run_files.durable import CannotWriteError, append_line
 
 NAME = "messages.log"
 MOST = 1000

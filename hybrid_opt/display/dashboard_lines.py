@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.text import Text
 
+from hybrid_opt.display.run_so_far import Clock, EstimatorSoFar, RunSoFar
+from hybrid_opt.display.sparkline import COLOURS, columns, sparkline, strip
+from hybrid_opt.run_files.summary import COUNTED
 from hybrid_opt.training.goal import shown
-from hybrid_opt.training.run_so_far import Clock, EstimatorSoFar, RunSoFar
-from hybrid_opt.training.sparkline import COLOURS, columns, sparkline, strip
-from hybrid_opt.training.summary import COUNTED
 
 WIDEST = 110
 """Columns that are used at most."""

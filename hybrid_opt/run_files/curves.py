@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hybrid_opt.training.durable import write_atomically
+from hybrid_opt.display.run_so_far import Curve
+from hybrid_opt.run_files.durable import write_atomically
 from hybrid_opt.training.goal import goal_of, own_losses
-from hybrid_opt.training.run_so_far import Curve
 
 Row = dict[str, Any]
 

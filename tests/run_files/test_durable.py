@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
-from hybrid_opt.training import durable
-from hybrid_opt.training.durable import CannotWriteError, append_line, write_atomically, writing, written_aside
-from hybrid_opt.training.json_lines import JsonLines
-from hybrid_opt.training.progress import Silence
+from hybrid_opt.run_files import durable
+from hybrid_opt.run_files.durable import CannotWriteError, append_line, write_atomically, writing, written_aside
+from hybrid_opt.run_files.json_lines import JsonLines
 from tests.training.test_long_runs import small_trainer
 
 resource = pytest.importorskip("resource", reason="Windows has no limits for processes")

@@ -16,9 +16,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from hybrid_opt import Trainer, UserError, build, load_run
 from hybrid_opt.cli import main
 from hybrid_opt.config.reporting import INTEGRATIONS
-from hybrid_opt.training.progress import Lines, Silence
-from hybrid_opt.training.run_folder import RunFolder
-from hybrid_opt.training.trackers import Trackers, step_scalars
+from hybrid_opt.display.progress import Lines, Silence
+from hybrid_opt.display.trackers import Trackers, step_scalars
+from hybrid_opt.run_files.run_folder import RunFolder
 from tests.conftest import PROSE, tiny_model, token_batch, token_losses
 
 ES = {"type": "es", "population_size": 6, "sigma": 0.01, "learning_rate": 1e-4, "fitness_shaping": "none"}

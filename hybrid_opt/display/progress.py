@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from hybrid_opt.run_files.summary import Summary, told_counts
 from hybrid_opt.training.goal import goal_of, own_losses, shown
-from hybrid_opt.training.summary import Summary, told_counts
 
 
 class Display(Protocol):

@@ -1,5 +1,5 @@
 """What a run writes down of its steps and evaluations, and shows. Next: `messages.py`, `presence.py`,
-`run_folder.py`, `progress.py`, `summary.py`.
+`run_folder.py`, `../display/progress.py`, `summary.py`.
 
 One idea: the same rows go to the folder, the display and the totals, so a resumed run that reads its rows knows what it had known.
 """
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from hybrid_opt.config.training import Budget
+from hybrid_opt.display.progress import Display
+from hybrid_opt.run_files.curves import draw_curves
+from hybrid_opt.run_files.messages import Messages
+from hybrid_opt.run_files.metrics import evaluation_row, measures_of
+from hybrid_opt.run_files.presence import present
+from hybrid_opt.run_files.run_folder import RunFolder
+from hybrid_opt.run_files.summary import Summary, Totals
 from hybrid_opt.scheduling.signals import Signals
-from hybrid_opt.training.curves import draw_curves
-from hybrid_opt.training.messages import Messages
-from hybrid_opt.training.metrics import evaluation_row, measures_of
-from hybrid_opt.training.presence import present
-from hybrid_opt.training.progress import Display
-from hybrid_opt.training.run_folder import RunFolder
-from hybrid_opt.training.summary import Summary, Totals
 
 
 class Journal:

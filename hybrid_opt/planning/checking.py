@@ -1,4 +1,4 @@
-"""What `check` and `plan` show: who may move what, and who acts when. No torch, no weights. Next: `scheduling/policy.py`."""
+"""What `check` and `plan` show: who may move what, and who acts when. No torch, no weights. Next: `../scheduling/policy.py`."""
 
 import math
 from collections.abc import Collection, Iterator

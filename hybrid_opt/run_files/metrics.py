@@ -1,4 +1,4 @@
-"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `goal.py`, `run_folder.py`."""
+"""The lines of `metrics.jsonl` and `evaluations.jsonl`. Next: `../training/goal.py`, `run_folder.py`."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

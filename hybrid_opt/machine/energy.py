@@ -1,4 +1,4 @@
-"""Energy that the device has taken, where it reports it. Next: `scheduling/adaptive.py`, which weighs it."""
+"""Energy that the device has taken, where it reports it. Next: `../scheduling/adaptive.py`, which weighs it."""
 
 import time
 from pathlib import Path

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.config.training import Budget
+from hybrid_opt.display.run_so_far import Clock, RunSoFar
 from hybrid_opt.errors import UserError
 from hybrid_opt.recovery.checkpoint import base_of, checkpoints, step_of
 from hybrid_opt.reports.wording import duration
-from hybrid_opt.training import messages
-from hybrid_opt.training.metrics import measures_of
-from hybrid_opt.training.presence import is_alive, process_of, who
-from hybrid_opt.training.run_folder import RunFolder
-from hybrid_opt.training.run_so_far import Clock, RunSoFar
+from hybrid_opt.run_files import messages
+from hybrid_opt.run_files.metrics import measures_of
+from hybrid_opt.run_files.presence import is_alive, process_of, who
+from hybrid_opt.run_files.run_folder import RunFolder
 
 
 def status_lines(path: str | Path) -> Iterator[tuple[str, str]]:

@@ -6,11 +6,11 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from hybrid_opt.training.curves import draw_curves
-from hybrid_opt.training.dashboard_lines import dashboard_lines
-from hybrid_opt.training.progress import Lines, summary_table
-from hybrid_opt.training.run_so_far import Clock, RunSoFar
-from hybrid_opt.training.summary import Summary, Totals, told_counts
+from hybrid_opt.display.dashboard_lines import dashboard_lines
+from hybrid_opt.display.progress import Lines, summary_table
+from hybrid_opt.display.run_so_far import Clock, RunSoFar
+from hybrid_opt.run_files.curves import draw_curves
+from hybrid_opt.run_files.summary import Summary, Totals, told_counts
 
 
 def row(step: int, who: str, loss: float | None) -> dict:

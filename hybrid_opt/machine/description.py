@@ -1,4 +1,4 @@
-"""On what a run was made: machine and versions. Next: `run_folder.py`."""
+"""On what a run was made: machine and versions. Next: `../run_files/run_folder.py`."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hybrid_opt.memory import total_memory_bytes
+from hybrid_opt.machine.memory import total_memory_bytes
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "datasets", "numba", "numpy", "safetensors")
 CPUINFO = Path("/proc/cpuinfo")

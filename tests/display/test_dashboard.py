@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from hybrid_opt.config.training import Budget
-from hybrid_opt.training.dashboard import Dashboard, display_for
-from hybrid_opt.training.dashboard_lines import dashboard_lines, duration, short
-from hybrid_opt.training.progress import Lines, Silence
-from hybrid_opt.training.run_so_far import POINTS, SMOOTHING, Clock, Curve, RunSoFar
-from hybrid_opt.training.sparkline import columns, sparkline, strip
+from hybrid_opt.display.dashboard import Dashboard, display_for
+from hybrid_opt.display.dashboard_lines import dashboard_lines, duration, short
+from hybrid_opt.display.progress import Lines, Silence
+from hybrid_opt.display.run_so_far import POINTS, SMOOTHING, Clock, Curve, RunSoFar
+from hybrid_opt.display.sparkline import columns, sparkline, strip
 from tests.conftest import PROSE
 
 STATISTICS = {"snr": 1.25, "gradient_norm": 0.4375, "cosine": 0.0125}

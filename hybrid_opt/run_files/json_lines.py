@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.training.durable import append_line, sync, writing
+from hybrid_opt.run_files.durable import append_line, sync, writing
 
 Row = dict[str, Any]
 

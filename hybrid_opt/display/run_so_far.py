@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hybrid_opt.config.training import Budget
+from hybrid_opt.run_files.summary import Share
 from hybrid_opt.training.goal import goal_of
-from hybrid_opt.training.summary import Share
 
 POINTS = 512
 """Most points that are kept of a curve."""
