@@ -89,7 +89,7 @@ class HybridTraining:
 
     def train(self, *args: Any, **options: Any) -> Any:
         """See `transformers.Trainer.train`; estimators begin anew, or where the checkpoint left them."""
-        self.optimizer = None
+        self.optimizer, self._parts = None, []
         return super().train(*args, **options)
 
     # ------------------------------------------------------------ what Trainer asks for
@@ -158,11 +158,10 @@ class HybridTraining:
         super()._save_optimizer_and_scheduler(output_dir)
         place = Path(output_dir, STATE)
         place.mkdir(parents=True, exist_ok=True)
-        start = (
-            self.hybrid.updates.anchor.start
-        )  # Trainer puts a checkpoint's weights into the model before anchors look at it
+        # An anchor's first weights too: Trainer puts a checkpoint's weights into the model before anchors look at it.
+        state = {"hybrid": self.hybrid.state_dict(), "start": self.hybrid.updates.anchor.start}
         with written_aside(place / f"rank{self.args.process_index}") as aside:
-            write_state(aside, {"hybrid": self.hybrid.state_dict(), "start": start})
+            write_state(aside, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
