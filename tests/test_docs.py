@@ -84,14 +84,11 @@ def surroundings() -> dict:
     }  # fmt: skip
 
 
-@named
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
 def test_python_runs(page, tmp_path, monkeypatch):
-    code = blocks(page, "python")
-    if not code:
-        pytest.skip("no Python on this page")
     monkeypatch.chdir(tmp_path)
     names = surroundings()
-    for block in code:
+    for block in blocks(page, "python"):
         names["model"] = tiny_model(vocab_size=1024)
         exec(compile(block, page.name, "exec"), names)
 

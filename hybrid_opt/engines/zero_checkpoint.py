@@ -52,6 +52,7 @@ def load(engine: Any, folder: Path) -> None:
     Raises:
         UserError: a file is missing, damaged, or holds what DeepSpeed never writes.
     """
+    read_as_data(engine)
     try:
         found, _ = engine.load_checkpoint(str(folder), tag=TAG)
     except UserError:
