@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from hybrid_opt.errors import UserError
 from hybrid_opt.objectives.language_model import IGNORED, cross_entropies
 
 SHARE = "hybrid_opt_share"
@@ -55,7 +56,16 @@ class LabelLosses:
         return LOSS_MAPPING.get(getattr(own, "loss_type", None)) in SUMS and not adds_tokens and not adds_losses
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """See `Objective.losses`: (examples,) float32."""
+        """See `Objective.losses`: (examples,) float32.
+
+        Raises:
+            UserError: there are no labels.
+        """
+        if "labels" not in batch:
+            raise UserError(
+                f"data_collator: the batch has no labels, only {', '.join(batch)}; use one that adds them, such as "
+                "DataCollatorForLanguageModeling(tokenizer, mlm=False), or pass objective=, a function losses(model, batch)"
+            )
         labels, share = batch["labels"], batch.get(SHARE)
         inputs = {key: value for key, value in batch.items() if key not in ("labels", SHARE)}
         sums = SUMS[LOSS_MAPPING[self.kind]](unwrapped(model), model(**inputs).logits, labels)
@@ -70,11 +80,11 @@ class LabelLosses:
         if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForSequenceClassification"]:
             return torch.ones(len(labels), device=labels.device)
         seen = labels[:, 1:] if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForCausalLM"] else labels
-        return (len(labels) / (seen != IGNORED).sum()).expand(len(labels)).float()
+        return (len(labels) / (seen != IGNORED).sum().clamp(min=1)).expand(len(labels)).float()
 
     def shared_out(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A whole step's batch, each example with its factor, so that parts of it are weighed as in the whole."""
-        return {**batch, SHARE: self.shares(batch["labels"])}
+        return {**batch, SHARE: self.shares(batch["labels"])} if "labels" in batch else dict(batch)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

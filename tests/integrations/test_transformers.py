@@ -215,6 +215,28 @@ def test_a_loss_of_ones_own_is_asked_a_member_at_a_time(tmp_path):
     assert largest_difference(own.model, tiny_model()) > 1e-2
 
 
+def test_label_smoothing_is_trainers_own(tmp_path):
+    net = tiny_model()
+    own = copy.deepcopy(net)
+    changes = {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "lr_scheduler_type": "cosine"}  # fmt: skip
+    trainer(net, tmp_path / "theirs", kind=Trainer, changes=changes).train()
+    ours = trainer(own, tmp_path / "ours", schedule=BACKPROP, changes=changes)
+    ours.train()
+    assert ours.objective is None
+    assert largest_difference(net, own) < 2e-6
+
+
+def test_batches_without_labels(tmp_path):
+    run = trainer(tiny_model(), tmp_path, changes={"eval_strategy": "no"})
+    run.data_collator = lambda examples: {key: value for key, value in collate(examples).items() if key != "labels"}
+    with pytest.raises(
+        UserError, match="the batch has no labels, only input_ids, attention_mask; use one that adds them"
+    ):
+        run.train()
+    nothing = {**collate(rows(2)), "labels": torch.full((2, 9), -100)}
+    assert LabelLosses(run.model).losses(run.model, nothing).tolist() == [0, 0]
+
+
 def test_a_function_of_losses(tmp_path):
     def losses(model, batch):
         return model(batch["input_ids"], batch["attention_mask"]).logits.square().mean((1, 2))
