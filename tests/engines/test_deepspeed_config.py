@@ -33,6 +33,18 @@ def whole(settings: DeepSpeedSettings, dtype: str = "float32", ranks: int = 2, *
     return settings.deepspeed(settings.backprop(backprop(**fields)), dtype, ranks, hidden_size=100)
 
 
+def test_a_file_may_be_written_in_place(settings):
+    """As TrainingArguments has it; its keys are named as such."""
+    content = {"zero_optimization": {"stage": 2, "overlap_comm": True}, "gradient_clipping": 0.5}
+    assert whole(settings(deepspeed_config=content)) == whole(settings(content))
+    with pytest.raises(
+        UserError, match=r"engine: deepspeed_config: gradient_clipping is 0.5, but backprop's gradient_clipping is 1"
+    ):
+        whole(settings(deepspeed_config=content), gradient_clipping=1.0)
+    with pytest.raises(UserError, match=r"engine.deepspeed_config: offloading to nvme is not supported"):
+        settings(deepspeed_config={"zero_optimization": {"offload_param": {"device": "nvme"}}})
+
+
 # ------------------------------------------------------------ two places
 
 
