@@ -193,6 +193,14 @@ def flat(tree: dict[str, Any], way: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{way}{key}", value
 
 
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys at which two configurations differ, with both values (None: absent)."""
+    before, after = dict(flat(saved)), dict(flat(now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            yield key, before.get(key), after.get(key)
+
+
 def _find_files(document: dict[str, Any], folders: Sequence[Path]) -> None:
     """Names of existing files in one of the folders become paths from here."""
     own = document.get("objectives")

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from pydantic import ByteSize, model_validator
+from pydantic import ByteSize, TypeAdapter, ValidationError, model_validator
 from typing_extensions import Self
 
 from hybrid_opt.config.divergence import Divergence
 from hybrid_opt.config.keeping import Keeping
 from hybrid_opt.config.strict import NonNegativeInt, PositiveFloat, PositiveInt, Strict
+from hybrid_opt.errors import UserError
 
 
 class Budget(Strict):
@@ -81,3 +82,15 @@ class Training(Keeping):
                 "divergence: rises_for and roll_back go by evaluations along the way; write evaluate_every, or loss_above alone"
             )
         return self
+
+
+def byte_size(size: int | str) -> int:
+    """Bytes, from their number or from words such as `20GB`.
+
+    Raises:
+        UserError: they are no size.
+    """
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(size))
+    except ValidationError:
+        raise UserError(f"memory_budget: {size!r} is no size; write bytes, or such as 20GB") from None

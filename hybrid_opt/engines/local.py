@@ -148,7 +148,19 @@ class LocalEngine:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
-        """See `Engine.load_state_dict`."""
+        """See `Engine.load_state_dict`.
+
+        Raises:
+            UserError: the weights are another model's.
+        """
+        for name in self.masters.keys() | state["weights"].keys():
+            found, own = (
+                None if w is None else w.numel() for w in (state["weights"].get(name), self.masters.get(name))
+            )
+            if found != own:
+                raise UserError(
+                    f"state: parameter {name} has {found or 'no'} values there, and {own or 'none'} in this model; load the state of a run of this model"
+                )
         self.write(state["weights"])
         for name, buffer in self._buffers().items():
             buffer.copy_(state["buffers"][name])

@@ -104,6 +104,12 @@ def _options(args: TrainingArguments, told: set[str], own: dict[str, Any], steps
     if "lr_scheduler_type" in told:
         found["learning_rate_schedule"] = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if "warmup_steps" in told:
+        if (
+            own.get("learning_rate_schedule", "constant") == "constant"
+        ):  # without a warm-up; the arguments' default is linear
+            found.setdefault(
+                "learning_rate_schedule", str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+            )
         found["warmup_steps"] = args.get_warmup_steps(steps) if steps else int(args.warmup_steps)
     if "max_grad_norm" in told:
         found["gradient_clipping"] = args.max_grad_norm or None

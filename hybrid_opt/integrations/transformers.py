@@ -48,7 +48,7 @@ class HybridTraining:
             labels by example (`LabelLosses`), where that is known and the Trainer computes no other; else the Trainer's `compute_loss`,
             one ES member a forward pass, and the whole step's batch at once.
         probe_dataset: rows on which the loss is measured to find out who lowers it; `adaptive` schedules need them.
-        memory_budget: bytes that the run is fitted into, see `HybridOptimizer`.
+        memory_budget: bytes, or such as `20GB`, that the run is fitted into, see `HybridOptimizer`.
 
     A step's batch is `per_device_train_batch_size * gradient_accumulation_steps` examples of all ranks together: backprop takes it in parts of
     `per_device_train_batch_size`, all members of ES see all of it. The noise follows from `args.seed`.
@@ -69,7 +69,7 @@ class HybridTraining:
         schedule: str | Path | dict[str, Any] | ScheduleFile,
         objective: Objective | Callable[[nn.Module, Any], Tensor] | None = None,
         probe_dataset: Any = None,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         **options: Any,
     ) -> None:
         if missing := [name for name in NEEDED if not hasattr(Trainer, name)]:
@@ -201,7 +201,10 @@ class HybridTraining:
 
     def _computed_loss(self, batch: dict[str, Any]) -> Tensor:
         with self.compute_loss_context_manager():
-            return self.compute_loss(self.model, dict(batch))  # which may take keys out of it
+            loss = self.compute_loss(self.model, dict(batch))  # which may take keys out of it
+        if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim():
+            raise UserError(f"compute_loss: it must return the mean loss as a tensor of no dimensions, not {loss!r}")
+        return loss
 
     def _label_losses(self) -> LabelLosses | None:
         """If they are what this Trainer minimises."""

@@ -102,7 +102,14 @@ class Closure:
 
     def losses(self, model: nn.Module, batch: None) -> Tensor:
         """The function's own result, checked."""
-        losses = self.function()
+        try:
+            losses = self.function()
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise UserError(
+                    "the function given to step() seems to call backward, which is step's own affair; return the losses, or their mean"
+                ) from error
+            raise
         if not isinstance(losses, Tensor) or not losses.is_floating_point() or losses.dim() > 1:
             raise UserError(
                 f"the function given to step() must return losses (examples,) or their mean, not {losses!r}"

@@ -127,7 +127,9 @@ def resolve_policies(
         for name in acting_in(config.schedule, phase):
             if not policy.names(name):
                 during = "" if phase is None else f" in phase {phase}"
-                raise UserError(f"policy: {name!r} acts{during}, but no rule lets it move any parameter")
+                raise UserError(
+                    f"policy: {name!r} acts{during}, but no rule lets it move any parameter (of those with requires_grad, which alone are looked at)"
+                )
     _refuse_gradients_of_others(config, policies)
     _refuse_trust_through_the_optimizer(config, policies)
     return policies

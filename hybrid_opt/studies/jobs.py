@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hybrid_opt.config.loading import differences
 from hybrid_opt.config.run import RunFile
 from hybrid_opt.errors import UserError
 from hybrid_opt.run_files.durable import write_atomically, writing
 from hybrid_opt.run_files.run_folder import RunFolder, dump_yaml
-from hybrid_opt.training.build import differences
 
 Status = Literal["finished", "failed", "interrupted", "waiting"]
 

@@ -4,7 +4,7 @@ One idea: what is cheap to find wrong is found first, and nothing is written bef
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hybrid_opt.config.engines import ZeroEngine
 from hybrid_opt.config.estimators import Backprop
 from hybrid_opt.config.foreign_code import code_of, refuse_code
 from hybrid_opt.config.keeping import Keeping
-from hybrid_opt.config.loading import flat
+from hybrid_opt.config.loading import differences
 from hybrid_opt.config.objectives import Objective as ObjectiveConfig
 from hybrid_opt.config.perturbations import LowRankPerturbation
 from hybrid_opt.config.probing import Probing
@@ -37,6 +37,7 @@ from hybrid_opt.run_files.run_folder import RunFolder
 from hybrid_opt.scheduling.learning_rate import INDEPENDENT_OF_LENGTH
 from hybrid_opt.training.hybrid_optimizer import HybridOptimizer
 from hybrid_opt.training.length_threshold import fitted, with_threshold
+from hybrid_opt.training.refusals import TAMING
 from hybrid_opt.training.run_data import ExampleData, examples_of, objective_of, own_batches, own_data
 from hybrid_opt.training.trainer import Trainer
 
@@ -214,23 +215,13 @@ def refuse_changes(saved: dict[str, Any], run: RunFile) -> None:
     free |= {f"training.budget.{currency}" for currency in Budget.model_fields}
     if all(e.learning_rate_schedule in INDEPENDENT_OF_LENGTH for e in run.schedule.estimators.values()):
         free.add("training.steps")
-    for name in run.schedule.estimators:  # what the message about a diverging run advises to change
-        tame = ("learning_rate", "gradient_clipping", "max_nonfinite")
-        free |= {f"schedule.estimators.{name}.{field}" for field in tame}
+    free |= {f"schedule.estimators.{name}.{field}" for name in run.schedule.estimators for field in TAMING}
     for key, before, after in differences(saved, now):
         if key not in free:
             raise UserError(
                 f"output: {run.output}: cannot resume, because {key} was {before!r} and is now {after!r}; "
                 "change it back, or start anew with --overwrite"
             )
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys at which two configurations differ, with both values (None: absent)."""
-    before, after = dict(flat(saved)), dict(flat(now))
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
-            yield key, before.get(key), after.get(key)
 
 
 def _most_new_tokens(objective: ObjectiveConfig) -> int:

@@ -18,6 +18,7 @@ from hybrid_opt.config.by_length import ByLength
 from hybrid_opt.config.engines import Engine as EngineConfig
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
+from hybrid_opt.config.training import byte_size
 from hybrid_opt.engines.build import build_engine, with_engine_settings
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.build import build_estimator
@@ -40,6 +41,7 @@ from hybrid_opt.training.profiling import Profiler
 from hybrid_opt.training.refusals import (
     refuse_missing_gradient,
     refuse_not_finite,
+    refuse_other_setup,
     refuse_too_many_lost,
     refuse_unknown,
 )
@@ -62,7 +64,7 @@ class HybridOptimizer:
             one of them passes the same batches: backprop takes its share of the examples, ES its share of the members.
         check_drift_every: in how many steps each parameter is compared once with what it was after the update before; 0: none is,
             as for a loop that writes weights itself.
-        memory_budget: bytes that backprop and the forward passes of ES are fitted into before the first step (see `MemoryBudget`);
+        memory_budget: bytes, or a size such as `20GB`, that backprop and the forward passes of ES are fitted into before the first step (see `MemoryBudget`);
             None: what there is.
 
     Backprop runs with the model in training mode (dropout on), ES in evaluation mode; both leave the mode as it was.
@@ -83,7 +85,7 @@ class HybridOptimizer:
         seed: int = 0,
         engine: EngineConfig | None = None,
         check_drift_every: int = 0,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
     ) -> None:
         self.config = with_engine_settings(load_schedule(schedule), engine)
         self.objective = as_objective(objective)
@@ -103,7 +105,9 @@ class HybridOptimizer:
         self.profiler = Profiler(self.engine, self.ownership, self.config.backprop, seed)
         self.memory = None
         if memory_budget is not None:
-            self.memory = MemoryBudget(memory_budget, self.config, self.engine, self.ownership, self.estimators)
+            self.memory = MemoryBudget(
+                byte_size(memory_budget), self.config, self.engine, self.ownership, self.estimators
+            )
         self.missing = MissingGradients(self.config, self.engine, self.policies)
         self.followers = self._followers()
         self.updates = Updates(self.config, self.engine, self.policies, steps)
@@ -280,6 +284,14 @@ class HybridOptimizer:
             self.updates.apply(record.parts, record.step)
         self.signals = replace(self.signals, step=record.step + 1)
 
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What a state belongs to, in plain values."""
+        return {
+            "seed": self.seed,
+            "schedule": self.config.model_dump(mode="json", exclude_none=True, exclude={"description"}),
+        }
+
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
@@ -305,6 +317,7 @@ class HybridOptimizer:
             weights: False leaves out the first three, which `replay` brings about.
         """
         return {
+            "setup": self.setup,
             "layout": self.engine.layout(),
             **({"engine": self.engine.state_dict(folder), "rules": self.updates.memories()} if weights else {}),
             "updates": self.updates.state_dict(),
@@ -317,7 +330,12 @@ class HybridOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
-        """Put back what `state_dict` gave and wrote, with as many ranks under the same stage."""
+        """Put back what `state_dict` gave and wrote, with as many ranks under the same stage, the same model, schedule and seed.
+
+        Raises:
+            UserError: it is of another schedule, seed or model; learning rates, clipping and `max_nonfinite` may have changed.
+        """
+        refuse_other_setup(state, self.setup)
         self.roll_back(state, folder)
         self.updates.turns.load_state_dict(state["updates"]["turns"])
         self.schedule.load_state_dict(state["schedule"])

@@ -6,11 +6,16 @@ One idea: each message says what is wrong, where, and what to write instead.
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
+from hybrid_opt.config.loading import differences
 from hybrid_opt.config.schedule import ScheduleFile, acting_names
 from hybrid_opt.errors import DivergedError, UserError, did_you_mean
 from hybrid_opt.estimators.contract import Cost
 from hybrid_opt.objectives.contract import Objective
+
+TAMING = ("learning_rate", "gradient_clipping", "max_nonfinite")
+"""Options of an estimator that may change where a run goes on: the message about a diverging run advises to change them."""
 
 MOST_LOST_STEPS = 10
 """Steps in a row that may be skipped because losses are not finite; more of them would be a run that does nothing."""
@@ -23,6 +28,25 @@ def refuse_unknown(names: Iterable[str], config: ScheduleFile, where: str) -> No
             known = config.estimators
             raise UserError(
                 f"{where}: {name!r} is none of the schedule's estimators {list(known)}{did_you_mean(name, known)}"
+            )
+
+
+def refuse_other_setup(state: Mapping[str, Any], setup: Mapping[str, Any]) -> None:
+    """Whether a state was saved by an optimizer of the same schedule and seed, so that going on with it is going on.
+
+    Raises:
+        UserError: naming the first thing that differs, or it is no such state at all.
+    """
+    if "setup" not in state:
+        known = ", ".join(map(str, list(state)[:3])) or "nothing"
+        raise UserError(
+            f"state: it is not what HybridOptimizer.state_dict gave: it has no 'setup', but {known}; load a model's own state into the model"
+        )
+    for key, before, after in differences(state["setup"], setup):
+        if key.rpartition(".")[2] not in TAMING:
+            raise UserError(
+                f"cannot go on from this state, because {key} was {before!r} and is now {after!r}; change it back, or start anew from the weights "
+                "alone"
             )
 
 

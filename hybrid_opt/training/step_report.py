@@ -1,7 +1,7 @@
 """What a step tells of itself. Next: `trainer.py`."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hybrid_opt.config.triggers import OF_ESTIMATORS
 from hybrid_opt.estimators.contract import Cost
@@ -28,7 +28,7 @@ class StepReport:
     """Duration."""
     part_seconds: dict[str, float]
     """Duration of each estimate, and of an even part of the rest."""
-    record: Record | None
+    record: Record | None = field(repr=False)
     """What a ledger must keep to take the step again; None where an estimator acted that does not draw noise."""
     decision: str | None = None
     """What the schedule has decided before this step because of signals, and why."""

@@ -97,7 +97,7 @@ class Trainer:
         keeping: Keeping = Keeping(),
         divergence: Divergence | None = None,
         check_drift_every: int = 50,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         output: str | Path | None = None,
         overwrite: bool = False,
         resume: bool = False,

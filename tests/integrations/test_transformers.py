@@ -120,6 +120,47 @@ def test_a_resumed_run_is_the_same(tmp_path):
     assert again.hybrid.signals.step == 6
 
 
+@pytest.mark.parametrize(
+    ("changes", "schedule", "message"),
+    [
+        ({"seed": 7}, ALL, "because seed was 42 and is now 7"),
+        (
+            {},
+            {**ALL, "estimators": {**ALL["estimators"], "es": {**ES, "sigma": 0.5}}},
+            "schedule.estimators.es.sigma was 0.02 and is now 0.5",
+        ),
+        ({}, "mezo", "schedule.estimators.backprop.* was .* and is now None"),
+    ],
+)
+def test_a_checkpoint_of_another_setup_is_refused(tmp_path, changes, schedule, message):
+    trainer(tiny_model(), tmp_path).train()
+    with pytest.raises(UserError, match=message):
+        trainer(tiny_model(), tmp_path, schedule=schedule, changes=changes).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
+    trainer(tiny_model(), tmp_path, changes={"learning_rate": 1e-3}).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
+
+
+def test_a_warm_up_alone_is_that_of_the_default_schedule(tmp_path):
+    run = trainer(tiny_model(), tmp_path, schedule=BACKPROP, changes={"warmup_steps": 2, "learning_rate": 1e-2})
+    run.train()
+    rates = [row["learning_rate"] for row in run.state.log_history if "learning_rate" in row]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_a_loss_that_is_no_tensor(tmp_path):
+    class Wrong(HybridTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 1.0
+
+    with pytest.raises(
+        UserError, match=r"compute_loss: it must return the mean loss as a tensor of no dimensions, not 1.0"
+    ):
+        trainer(tiny_model(), tmp_path, kind=Wrong).train()
+
+
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     Trainer(
         tiny_model(), arguments(tmp_path), train_dataset=rows(), eval_dataset=rows(8), data_collator=collate
@@ -344,7 +385,8 @@ def test_trl_can_mix_it_in(tmp_path):
         ({"auto_find_batch_size": True}, {}, "TrainingArguments: auto_find_batch_size: .*memory_budget="),
         ({"optim": "lomo"}, {}, "TrainingArguments: optim: 'lomo' is not one of adamw_torch"),
         ({"learning_rate": 1e-3}, {"schedule": ONLY_ES}, "learning_rate: this schedule has no backprop.* write learning_rate of .*(es)"),
-        ({"warmup_steps": 3}, {}, "learning_rate_schedule 'constant' has no warm-up"),
+        ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, {}, "learning_rate_schedule 'constant' has no warm-up"),
+        ({}, {"memory_budget": "20 GX"}, "memory_budget: '20 GX' is no size"),
         ({}, {"schedule": "alternat"}, "alternate"),
         ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)], lr=1), None)}, "optimizers: the schedule says"),
         ({"max_steps": -1, "num_train_epochs": 1}, {"schedule": {**ALL, "policy": [{"match": "nothing", "use": ["es"]}]}}, "nothing"),

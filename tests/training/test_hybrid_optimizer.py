@@ -251,3 +251,28 @@ def test_mistakes_when_stepping(objective, batch, message):
     with pytest.raises(UserError, match=message):
         HybridOptimizer(model, objective, schedule=BACKPROP_ONLY).step(batch)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (lambda found: {}, "it is not what HybridOptimizer.state_dict gave: it has no 'setup', but nothing"),
+        (lambda found: {"weight": 1}, "it has no 'setup', but weight"),
+        (lambda found: found | {"setup": {**found["setup"], "seed": 5}}, "because seed was 5 and is now 0"),
+        (
+            lambda found: found | {"engine": {**found["engine"], "weights": {}}},
+            "has no values there, and [0-9]+ in this model",
+        ),
+    ],
+)
+def test_a_state_of_something_else_is_refused(state, message):
+    optimizer = HybridOptimizer(tiny_model(), token_losses, schedule="alternate")
+    with pytest.raises(UserError, match=message):
+        optimizer.load_state_dict(state(optimizer.state_dict()))
+
+
+def test_a_closure_that_goes_backwards_is_told_so():
+    net = tiny_model()
+    optimizer = HybridOptimizer(net, schedule="es_only")
+    with pytest.raises(UserError, match="seems to call backward"):
+        optimizer.step(lambda: token_losses(net, token_batch()).mean().backward())
