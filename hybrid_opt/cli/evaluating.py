@@ -51,6 +51,10 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    max_tokens: Annotated[
+        Optional[int],
+        typer.Option(min=2, help="Longest example, and length of a block of plain text.", show_default=False),
+    ] = None,
     rows: Annotated[
         Optional[int], typer.Option(min=1, help="Of each set at most so many, at even distances.", show_default=False)
     ] = None,
@@ -68,7 +72,9 @@ def evaluate(
     from hybrid_opt.studies.evaluate.subject import subject
 
     check_json(json_file)
-    chosen = subject(target, overrides or (), run=run, data=data, second=forgetting, text=text, base=base)
+    chosen = subject(
+        target, overrides or (), run=run, data=data, second=forgetting, text=text, base=base, max_tokens=max_tokens
+    )
     refuse_code(chosen.code(), allow_code)
     with importing():
         quiet()
@@ -86,4 +92,6 @@ def evaluate(
     if told := verdict(found):
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if json_file:
-        write_json(json_file, [measured.row() for measured in found])
+        write_json(
+            json_file, [{**measured.row(), **chosen.described(measured.set, measured.model)} for measured in found]
+        )

@@ -44,16 +44,16 @@ class LabelLosses:
                 f"LabelLosses: the loss of {type(unwrapped(model)).__name__} is not known by example; pass objective=, a function "
                 "losses(model, batch) -> Tensor (examples,), or leave it out: then compute_loss is asked, one ES member a forward pass"
             )
-        self.kind = getattr(unwrapped(model), "loss_type", None)
+        self.kind = _loss_of(model)
 
     @staticmethod
     def knows(model: nn.Module) -> bool:
         """Whether the model is a decoder or encoder with labels for tokens or for examples, and nothing else in its loss."""
-        own, config = unwrapped(model), getattr(model, "config", None)
+        config = getattr(model, "config", None)
         adapters = getattr(model, "peft_config", None) or {}
         adds_tokens = any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values())
         adds_losses = getattr(config, "is_encoder_decoder", False) or getattr(config, "output_router_logits", False)
-        return LOSS_MAPPING.get(getattr(own, "loss_type", None)) in SUMS and not adds_tokens and not adds_losses
+        return _loss_of(model) in SUMS and not adds_tokens and not adds_losses
 
     def losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """See `Objective.losses`: (examples,) float32.
@@ -68,7 +68,7 @@ class LabelLosses:
             )
         labels, share = batch["labels"], batch.get(SHARE)
         inputs = {key: value for key, value in batch.items() if key not in ("labels", SHARE)}
-        sums = SUMS[LOSS_MAPPING[self.kind]](unwrapped(model), model(**inputs).logits, labels)
+        sums = SUMS[self.kind](unwrapped(model), model(**inputs).logits, labels)
         return sums * (self.shares(labels) if share is None else share)
 
     def measures(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -77,19 +77,24 @@ class LabelLosses:
 
     def shares(self, labels: Tensor) -> Tensor:
         """The factor `E / sum_j T_j` of each of a batch's examples, (examples,) float32; ones for labels of whole examples."""
-        if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForSequenceClassification"]:
+        if self.kind is LOSS_MAPPING["ForSequenceClassification"]:
             return torch.ones(len(labels), device=labels.device)
-        seen = labels[:, 1:] if LOSS_MAPPING[self.kind] is LOSS_MAPPING["ForCausalLM"] else labels
+        seen = labels[:, 1:] if self.kind is LOSS_MAPPING["ForCausalLM"] else labels
         return (len(labels) / (seen != IGNORED).sum().clamp(min=1)).expand(len(labels)).float()
 
-    def shared_out(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A whole step's batch, each example with its factor, so that parts of it are weighed as in the whole."""
+    def weighed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """See `WeighsExamples.weighed`: each example with its factor, so that parts of the batch are weighed as in the whole."""
         return {**batch, SHARE: self.shares(batch["labels"])} if "labels" in batch else dict(batch)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, inside the wrapper that peft puts around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _loss_of(model: nn.Module) -> Any:
+    """The function that a transformers model computes its loss with, which somebody may have replaced."""
+    return getattr(unwrapped(model), "loss_function", None)
 
 
 def _next_tokens(model: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

@@ -24,32 +24,43 @@ def everybodys(parts: Sequence[Mapping[str, Any]], world_size: int) -> list[Mapp
     return gather_object([map_tensors(lambda t: t.cpu(), dict(part)) for part in parts])
 
 
-def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One batch of all the parts' examples. Narrower rows are filled up on the right, labels with -100 and everything else with 0, which an
-    attention mask hides.
+def joined(parts: Sequence[Mapping[str, Any]], pad: int = 0) -> dict[str, Any]:
+    """One batch of all the parts' examples. Narrower rows are filled up on the right: tokens with `pad`, labels with -100, anything else with 0;
+    and an attention mask hides that, where there was none.
 
     Raises:
-        UserError: the parts do not have the same keys, or tensors that cannot stand beside each other.
+        UserError: the parts do not have the same keys, or tensors that cannot stand beside each other, or rows that hold several examples.
     """
-    if len(parts) == 1:
-        return dict(parts[0])
     keys = list(parts[0])
+    if packed := next((key for key in keys if key.startswith("cu_seq_lens")), None):
+        raise UserError(
+            f"data_collator: batches with {packed} hold several examples in a row, which ES members cannot be told apart by; write "
+            "packing=False and padding_free=False"
+        )
     for part in parts:
         if list(part) != keys:
             raise UserError(
                 f"data_collator: batches of one step differ in their keys, {keys} and {list(part)}; collate all examples alike"
             )
-    return {key: _joined(key, [part[key] for part in parts]) for key in keys}
+    if len(parts) == 1:
+        return dict(parts[0])
+    rows = [part.get("input_ids") for part in parts]
+    if (
+        "attention_mask" not in keys
+        and len({row.shape[1] for row in rows if isinstance(row, Tensor) and row.dim() == 2}) > 1
+    ):
+        parts = [{**part, "attention_mask": torch.ones_like(row)} for part, row in zip(parts, rows, strict=True)]
+    fills = {"input_ids": pad, "labels": IGNORED}
+    return {key: _joined(key, [part[key] for part in parts], fills.get(key, 0)) for key in parts[0]}
 
 
-def _joined(key: str, values: Sequence[Any]) -> Any:
+def _joined(key: str, values: Sequence[Any], fill: int) -> Any:
     if all(isinstance(value, list) for value in values):
         return [item for value in values for item in value]
     if not all(isinstance(value, Tensor) and value.dim() for value in values):
         return values[0]
     if values[0].dim() > 1:
         width = max(value.shape[1] for value in values)
-        fill = IGNORED if key == "labels" else 0
         values = [_widened(value, width, fill) for value in values]
     try:
         return torch.cat(list(values))

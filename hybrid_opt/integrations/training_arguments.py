@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hybrid_opt.config.engines import ZeroEngine
+from hybrid_opt.config.estimators import FIRST_MOMENTS
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.engines.deepspeed_config import DeepSpeedSettings
@@ -120,6 +121,11 @@ def _options(args: TrainingArguments, told: set[str], own: dict[str, Any], steps
                 f"TrainingArguments: optim: {optim!r} is not one of {', '.join(OPTIMIZERS)}; choose one of them"
             )
         found["optimizer"] = OPTIMIZERS[optim]
+    optimizer = found.get("optimizer") or own.get("optimizer", "AdamW")
+    if (adam := sorted(name for name in told if name.startswith("adam_"))) and optimizer not in FIRST_MOMENTS:
+        raise UserError(
+            f"TrainingArguments: {adam[0]}: backprop's optimizer is {optimizer}, which has no such option; leave it out"
+        )
     arguments = dict(own.get("optimizer_arguments", {}))
     if "weight_decay" in told:
         arguments["weight_decay"] = args.weight_decay

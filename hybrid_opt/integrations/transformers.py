@@ -17,11 +17,12 @@ from transformers.utils import logging
 from hybrid_opt.config.loading import load_schedule
 from hybrid_opt.config.schedule import ScheduleFile
 from hybrid_opt.errors import UserError
+from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.integrations.label_losses import LabelLosses
 from hybrid_opt.integrations.step_batches import everybodys, joined
 from hybrid_opt.integrations.training_arguments import engine_of, with_arguments
 from hybrid_opt.machine.memory import forget_peak, peak_memory_bytes
-from hybrid_opt.objectives.contract import Objective
+from hybrid_opt.objectives.contract import Objective, as_objective, count_examples
 from hybrid_opt.recovery.state_files import read_state, write_state
 from hybrid_opt.run_files.durable import written_aside
 from hybrid_opt.training.deciding import Decisions
@@ -83,7 +84,7 @@ class HybridTraining:
             raise UserError("optimizers: the schedule says how each estimator steps; leave them out")
         self.engine_config = engine_of(self.args)
         with_arguments(self.schedule, self.args)
-        self.objective = objective or self._label_losses()
+        self.objective = as_objective(objective) or self._label_losses()
         self.probe_dataset, self.memory_budget = probe_dataset, memory_budget
         self._parts: list[Mapping[str, Any]] = []
 
@@ -133,8 +134,8 @@ class HybridTraining:
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         parts, self._parts = self._parts, []
-        batch = joined(everybodys(parts, self.args.world_size))
-        self.report = self._step(batch)
+        batch = joined(everybodys(parts, self.args.world_size), self._pad_token())
+        self.report = self._step(batch, num_items_in_batch)
         rates = self.report.learning_rates
         acting = self.schedule.backprop_name if self.schedule.backprop_name in rates else next(iter(rates))
         self.optimizer.param_groups[0]["lr"] = rates[acting]
@@ -142,10 +143,12 @@ class HybridTraining:
         return torch.tensor(loss, device=self.args.device)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
-        """See `transformers.Trainer.evaluate`; the schedule's triggers learn the loss as `validation_loss`."""
+        """See `transformers.Trainer.evaluate`; the schedule's triggers learn the loss (of several sets the mean) as
+        `validation_loss`."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.is_in_train and metric_key_prefix == "eval" and "eval_loss" in metrics:
-            self.hybrid.tell({"validation_loss": metrics["eval_loss"]})
+        losses = [value for key, value in metrics.items() if key.startswith("eval_") and key.endswith("loss")]
+        if self.is_in_train and metric_key_prefix == "eval" and losses:
+            self.hybrid.tell({"validation_loss": sum(losses) / len(losses)})
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -183,28 +186,43 @@ class HybridTraining:
 
     # ------------------------------------------------------------ pieces
 
-    def _step(self, batch: dict[str, Any]) -> StepReport:
+    def _step(self, batch: dict[str, Any], items: Any) -> StepReport:
         hybrid, device = self.hybrid, self.hybrid.engine.device
         self.decisions.plan()
         acting = hybrid.acting()
         self.decisions.attribution.before_step(tuple(acting))
         forget_peak(device)
-        if self.objective is None:
-            whole = self._prepare_inputs(batch)
-            report = hybrid.step(lambda: self._computed_loss(whole))
-        else:
-            report = hybrid.step(self.objective.shared_out(batch) if isinstance(self.objective, LabelLosses) else batch)
+        report = hybrid.step(batch) if self.objective else self._step_by_computed_loss(batch, items)
         self.decisions.stepped(report, peak_memory_bytes(device), acting)
         for reason in report.decisions:
             logger.info("step %d: %s", report.step, reason)
         return report
 
-    def _computed_loss(self, batch: dict[str, Any]) -> Tensor:
+    def _step_by_computed_loss(self, batch: dict[str, Any], items: Any) -> StepReport:
+        batch = self._prepare_inputs(batch)
+        try:
+            return self.hybrid.step(lambda: self._computed_loss(batch, items))
+        except UserError as error:
+            raise type(error)(
+                f"{error} (compute_loss is asked for the loss of the whole batch; better pass objective=, losses by example, such as LabelLosses(model))"
+            ) from error
+
+    def _computed_loss(self, batch: dict[str, Any], items: Any = None) -> Tensor:
+        """The loss of a batch.
+
+        Args:
+            items: labels that it has, as Trainer counts them over all ranks; it then multiplies the loss by their number.
+        """
+        ranks = self.args.world_size
+        items = items if ranks == 1 or self.args.average_tokens_across_devices else None
+        scaled = ranks > 1 and items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(self.model, dict(batch))  # which may take keys out of it
+            loss = self.compute_loss(
+                self.model, dict(batch), num_items_in_batch=items
+            )  # which may take keys out of the batch
         if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim():
             raise UserError(f"compute_loss: it must return the mean loss as a tensor of no dimensions, not {loss!r}")
-        return loss
+        return loss / ranks if scaled else loss
 
     def _label_losses(self) -> LabelLosses | None:
         """If they are what this Trainer minimises."""
@@ -213,10 +231,23 @@ class HybridTraining:
             LabelLosses(self.model) if own and self.label_smoother is None and LabelLosses.knows(self.model) else None
         )
 
+    @torch.no_grad()
     def _probe_loss(self) -> float:
-        loader = self.get_eval_dataloader(self.probe_dataset)
-        found = self.evaluation_loop(loader, "Probing", prediction_loss_only=True, metric_key_prefix="probe")
-        return found.metrics["probe_loss"]
+        """Not by Trainer's evaluation, whose data loaders and metrics are its own."""
+        total, examples, ranks = 0.0, 0, self.hybrid.engine.ranks
+        with training_mode(self.model, False):
+            for part in self.get_test_dataloader(self.probe_dataset):
+                batch = self._prepare_inputs(part)
+                count = count_examples(batch) or 1
+                mean = self.objective.losses(self.model, batch).mean() if self.objective else self._computed_loss(batch)
+                total, examples = total + count * mean.item(), examples + count
+        return ranks.total(total) / ranks.total(examples)
+
+    def _pad_token(self) -> int:
+        """What rows of tokens are filled up with; a model may look for it, as those that classify sequences do."""
+        places = (self.processing_class, getattr(self.model, "config", None))
+        known = (getattr(place, "pad_token_id", None) for place in places)
+        return next((token for token in known if token is not None), 0)
 
     def _told(self) -> dict[str, float]:
         if self.report is None:

@@ -54,7 +54,7 @@ def load_model(config: Model, lora: Lora | None, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(Key((seed, "random weights")).seed())
         if config.config is not None:
-            model = untrained(config).to(dtype)
+            model = _in_dtype(untrained(config), dtype)
         else:
             architecture(config)  # refuses what its config.json must not ask for
             model = _from_pretrained(AutoModelForCausalLM, config, config.name, "model.name", dtype=dtype)
@@ -81,7 +81,16 @@ def _replayed(config: Model) -> PreTrainedModel:
 
     model = replay(Path(config.name), allow_code=config.trust_remote_code).optimizer.engine.model
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    return model.to(getattr(torch, config.dtype))
+    return _in_dtype(model, getattr(torch, config.dtype))
+
+
+def _in_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """What is saved of a model in this dtype; what its code makes (tables of angles) stays as it is, as `from_pretrained` leaves it."""
+    saved = model.state_dict(keep_vars=True).values()
+    for tensor in saved:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _align(model: PreTrainedModel) -> None:

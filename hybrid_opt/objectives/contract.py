@@ -56,6 +56,15 @@ class Generates(Objective, Protocol):
         ...
 
 
+@runtime_checkable
+class WeighsExamples(Objective, Protocol):
+    """An objective in which an example weighs by what the whole batch holds, so it sees the batch before any part of it is evaluated."""
+
+    def weighed(self, batch: Any) -> Any:
+        """The batch with each example's weight in it."""
+        ...
+
+
 class Tally(Protocol):
     """Sums and counts of what an objective has seen since somebody last asked."""
 

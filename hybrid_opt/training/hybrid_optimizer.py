@@ -28,7 +28,7 @@ from hybrid_opt.estimators.followers import Followers
 from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.machine.energy import EnergyMeter
 from hybrid_opt.noise.keys import StepKey
-from hybrid_opt.objectives.contract import Closure, Objective, as_objective, to_device
+from hybrid_opt.objectives.contract import Closure, Objective, WeighsExamples, as_objective, to_device
 from hybrid_opt.recovery.records import Record, digest_of
 from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move
@@ -258,7 +258,8 @@ class HybridOptimizer:
             return Closure(batch), None
         if objective is None:
             raise UserError("objective: none was given, so pass step() a function that returns the losses")
-        return objective, to_device(batch, self.engine.device)
+        batch = to_device(batch, self.engine.device)
+        return objective, objective.weighed(batch) if isinstance(objective, WeighsExamples) else batch
 
     @torch.no_grad()
     def replay(self, document: Mapping[str, Any]) -> None:

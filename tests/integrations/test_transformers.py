@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     EarlyStoppingCallback,
     Trainer,
@@ -204,7 +205,8 @@ def test_callbacks_evaluation_and_rotation(tmp_path):
     assert largest_difference(found, run.model) == 0
 
 
-def test_triggers_learn_the_validation_loss(tmp_path):
+@pytest.mark.parametrize("sets", [rows(8), {"a": rows(8), "b": rows(4)}], ids=["one", "several"])
+def test_triggers_learn_the_validation_loss(tmp_path, sets):
     schedule = {
         "estimators": ALL["estimators"],
         "schedule": {
@@ -218,7 +220,7 @@ def test_triggers_learn_the_validation_loss(tmp_path):
             ],
         },
     }
-    run = trainer(tiny_model(), tmp_path, schedule=schedule)
+    run = trainer(tiny_model(), tmp_path, schedule=schedule, eval_dataset=sets)
     run.train()
     rows_ = [row for row in run.state.log_history if "loss" in row]
     assert ["es/loss" in row for row in rows_] == [True] * 3 + [False] * 3  # evaluated after three steps
@@ -234,6 +236,7 @@ def test_an_adaptive_schedule_measures_on_probe_rows(tmp_path):
     acted = ["es" if "es/loss" in row else "backprop" for row in run.state.log_history if "loss" in row]
     assert acted[:2] == ["es", "backprop"]
     assert run.hybrid.schedule.arms["backprop"].weight > 0
+    assert run._probe_loss() == pytest.approx(run.evaluate(rows(8))["eval_loss"], abs=1e-5)
     with pytest.raises(UserError, match="probe_dataset"):
         trainer(tiny_model(), tmp_path, schedule=schedule).train()
 
@@ -254,6 +257,21 @@ def test_a_loss_of_ones_own_is_asked_a_member_at_a_time(tmp_path):
     assert own.objective is None
     assert largest_difference(own.model, known.model) < 1e-4
     assert largest_difference(own.model, tiny_model()) > 1e-2
+
+
+def test_a_loss_function_of_ones_own_gets_the_number_of_labels(tmp_path):
+    def by_tokens(outputs, labels, num_items_in_batch=None):
+        kept = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="sum")
+        return kept / num_items_in_batch
+
+    net = tiny_model()
+    own = copy.deepcopy(net)
+    changes = {"learning_rate": 1e-2, "adam_epsilon": 1e-3, "lr_scheduler_type": "cosine", "eval_strategy": "no"}
+    trainer(net, tmp_path / "theirs", kind=Trainer, changes=changes, compute_loss_func=by_tokens).train()
+    ours = trainer(own, tmp_path / "ours", schedule=BACKPROP, changes=changes, compute_loss_func=by_tokens)
+    ours.train()
+    assert ours.objective is None
+    assert largest_difference(net, own) < 2e-6
 
 
 def test_label_smoothing_is_trainers_own(tmp_path):
@@ -383,6 +401,7 @@ def test_trl_can_mix_it_in(tmp_path):
     [
         ({"fp16": True}, {}, "TrainingArguments: fp16: float16 needs its losses scaled"),
         ({"auto_find_batch_size": True}, {}, "TrainingArguments: auto_find_batch_size: .*memory_budget="),
+        ({"optim": "sgd", "adam_beta1": 0.8}, {}, "TrainingArguments: adam_beta1: backprop's optimizer is SGD, which has no such option"),
         ({"optim": "lomo"}, {}, "TrainingArguments: optim: 'lomo' is not one of adamw_torch"),
         ({"learning_rate": 1e-3}, {"schedule": ONLY_ES}, "learning_rate: this schedule has no backprop.* write learning_rate of .*(es)"),
         ({"warmup_steps": 3, "lr_scheduler_type": "constant"}, {}, "learning_rate_schedule 'constant' has no warm-up"),
@@ -416,6 +435,11 @@ def test_labels_of_other_models_are_not_guessed():
     with pytest.raises(ValueError, match="is not known by example"):
         LabelLosses(torch.nn.Linear(2, 2))
     assert not LabelLosses.knows(tiny_model("llama", output_router_logits=True))
+    assert not LabelLosses.knows(tiny_model("t5", AutoModelForSeq2SeqLM))
+    assert LabelLosses.knows(tiny_model("gpt2"))
+    replaced = tiny_model()
+    replaced.loss_function = lambda logits, labels, vocab_size, **more: logits.square().mean()
+    assert not LabelLosses.knows(replaced)
 
 
 @pytest.mark.parametrize(
@@ -432,6 +456,44 @@ def test_labels_of_examples_are_taken_as_transformers_takes_them(labels, more):
     ours = LabelLosses(net).losses(net, batch)
     assert ours.shape == (2,)
     assert ours.mean().item() == pytest.approx(net(**batch).loss.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "head", "keys", "pad"),
+    [
+        ("llama", AutoModelForSequenceClassification, ("input_ids",), 2),  # looks for the last token that is no padding
+        ("bert", AutoModelForMaskedLM, ("input_ids", "labels"), 0),  # looks at all tokens that no mask hides
+    ],
+)
+def test_rows_that_are_filled_up_have_the_losses_that_they_had(kind, head, keys, pad):
+    net = tiny_model(kind, head, pad_token_id=pad)
+    batches = [{key: collate(rows(n)[n - 1 :])[key] for key in ("input_ids", "labels")} for n in (1, 5)]
+    if "labels" not in keys:
+        batches = [{**batch, "labels": torch.tensor([1])} for batch in batches]
+    alone = torch.cat(
+        [LabelLosses(net).losses(net, batch) / LabelLosses(net).shares(batch["labels"]) for batch in batches]
+    )
+    whole = joined(batches, pad)
+    together = LabelLosses(net).losses(net, whole) / LabelLosses(net).shares(whole["labels"])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_long_and_short_examples_have_their_own_means():
+    """Each side's loss is the model's own of its rows, whatever the other side's lengths are."""
+    net = tiny_model()
+    schedule = {**ALL, "schedule": {"type": "by_length", "long": "es", "short": "backprop", "length_threshold": 10}}
+    optimizer = HybridOptimizer(net, LabelLosses(net), schedule=schedule)
+    batch = collate(rows(8))
+    sides = {name: {key: value[own] for key, value in batch.items()} for name, own in (("backprop", batch["attention_mask"].sum(1) <= 10), ("es", batch["attention_mask"].sum(1) > 10))}  # fmt: skip
+    own = {name: net(**side).loss.item() for name, side in sides.items()}
+    report = optimizer.step(batch)
+    assert report.costs["backprop"].loss == pytest.approx(own["backprop"], abs=1e-5)
+    assert report.costs["es"].loss == pytest.approx(own["es"], abs=0.1)  # the members' mean
+
+
+def test_rows_of_several_examples_are_refused():
+    with pytest.raises(UserError, match=r"batches with cu_seq_lens_q hold several examples in a row.* packing=False"):
+        joined([{"input_ids": torch.zeros(1, 8), "cu_seq_lens_q": torch.zeros(3)}])
 
 
 def test_parts_of_a_step_are_joined():

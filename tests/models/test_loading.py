@@ -134,3 +134,14 @@ def test_adapters_that_fit_nothing_are_refused():
 def test_a_tokenizer_that_is_not_there_is_named_with_its_key(tmp_path):
     with pytest.raises(UserError, match=r"^model\.tokenizer: '.*nothing' cannot be loaded"):
         load_tokenizer(Model(name=str(GLASS), tokenizer=str(tmp_path / "nothing")))
+
+
+def test_what_a_models_code_makes_keeps_its_dtype(tmp_path):
+    """Tables of angles in bfloat16 would be another model than the one that is saved and loaded again."""
+    first = load_model(random_model(dtype="bfloat16"), None, 0)
+    first.save_pretrained(tmp_path)
+    again = load_model(Model(name=str(tmp_path), tokenizer=str(GLASS), dtype="bfloat16"), None, 0)
+    ids = torch.arange(24).view(2, 12)
+    assert {p.dtype for p in first.parameters()} == {torch.bfloat16}
+    assert first.model.rotary_emb.inv_freq.dtype == again.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.equal(first(ids).logits, again(ids).logits)

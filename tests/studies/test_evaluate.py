@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_opt.cli import main
 from hybrid_opt.config import load_run
-from hybrid_opt.config.evaluation import RowSet
 from hybrid_opt.display.progress import Silence
 from hybrid_opt.errors import UserError
 from hybrid_opt.models.loading import load_model
@@ -19,7 +19,7 @@ from hybrid_opt.studies.evaluate.measuring import Measured, evaluated, perplexit
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, OWN, SECOND, subject
 from hybrid_opt.studies.evaluate.table import verdict
 from hybrid_opt.training.build import build
-from tests.conftest import PROSE, ROOT, SPAM, run_document
+from tests.conftest import PROSE, ROOT, SPAM, interrupt_after, run_document
 
 SCHEDULE = {
     "estimators": {"backprop": {"type": "backprop", "learning_rate": 1e-2}},
@@ -128,7 +128,7 @@ def test_other_rows_and_models(run_of, tmp_path):
     other = tmp_path / "first.jsonl"
     other.write_text("".join(SPAM.read_text().splitlines(keepends=True)[:10]))
     by_run = measured(str(run_of), data=str(other), base="none")
-    by_model = measured(str(run_of / "model"), run=run_of / "run.yaml", data=str(other))
+    by_model = measured(str(run_of / "model"), run=run_of, data=str(other), base="none")
     assert by_run.keys() == by_model.keys() == {(OWN, EVALUATED, measure) for measure in ("loss", "accuracy")}
     assert by_run[OWN, EVALUATED, "loss"] == by_model[OWN, EVALUATED, "loss"]
     own = {"data": {"train": str(other), "prompt": "{subject}\nSpam or ham?", "completion": " {label}", "max_tokens": 48,
@@ -136,28 +136,40 @@ def test_other_rows_and_models(run_of, tmp_path):
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(own))
     by_file = measured(str(run_of / "model"), data=str(tmp_path / "rows.yaml"))
     assert by_file[OWN, EVALUATED, "loss"] == by_run[OWN, EVALUATED, "loss"]
-    against_itself = measured(str(run_of / "model"), data=str(tmp_path / "rows.yaml"), base=str(run_of / "model"))
+    against_itself = measured(str(run_of / "model"), data=str(tmp_path / "rows.yaml"), base=str(run_of))
     assert against_itself[OWN, EVALUATED, "loss"].difference == 0
+    beside = measured(str(run_of / "model"), run=run_of, data=str(other))  # the run file says what it started from
+    assert beside[OWN, BASE, "loss"].value == measured(str(run_of), data=str(other))[OWN, BASE, "loss"].value
 
 
 def test_a_reward(run_of, tmp_path):
+    """Of what the model writes on its own: minus how far its length is from the reference's."""
+    rows = [
+        {"question": text, "answer": "x" * length} for text, length in (("one", 2), ("two and two", 5), ("three", 0))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = {
-        "data": {
-            "train": {"task": "arithmetic", "rows": 12, "terms": 2, "largest": 9},
-            "prompt": "{question}",
-            "max_tokens": 40,
-        },
+        "data": {"train": str(tmp_path / "rows.jsonl"), "prompt": "{question}", "max_tokens": 40},
         "objective": {
             "type": "reward",
-            "rewards": [{"function": "exact_match", "arguments": {"column": "answer"}}],
+            "rewards": [{"function": "conciseness", "arguments": {"column": "answer"}}],
             "generation": {"max_new_tokens": 3},
         },
     }
-    RowSet.model_validate(own)
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(own))
     found = measured(str(run_of / "model"), data=str(tmp_path / "rows.yaml"))
-    assert 0 <= found[OWN, EVALUATED, "reward"].value <= 1
-    assert found[OWN, EVALUATED, "loss"].value == -found[OWN, EVALUATED, "reward"].value
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(run_of / "model"),
+        AutoTokenizer.from_pretrained(run_of / "model"),
+    )
+    rewards = []
+    for row in rows:
+        prompt = tokenizer(row["question"], return_tensors="pt")["input_ids"]
+        written = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, prompt.shape[1] :]
+        rewards.append(-abs(len(tokenizer.decode(written, skip_special_tokens=True)) - len(row["answer"])))
+    assert len(set(rewards)) > 1
+    assert found[OWN, EVALUATED, "reward"].value == pytest.approx(np.mean(rewards))
+    assert found[OWN, EVALUATED, "loss"].value == pytest.approx(-np.mean(rewards))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +178,10 @@ def test_a_reward(run_of, tmp_path):
         (["RUN", "--data", "nothing.jsonl"], "error: --data: data.train: nothing.jsonl: no such file"),
         (["RUN", "--forgetting", str(SPAM), "--text", "bodi"], "error: --forgetting: data.text: there is no column 'bodi' (did you mean 'body'"),
         (["RUN", "--data", "nothing.yaml"], "nothing.yaml: no such file"),
-        (["RUN/model"], "nothing says what RUN/model is to be evaluated on; add --data"),
+        (["RUN/model"], "RUN/model is no run folder (it has no run.yaml), so nothing says what it is to be evaluated on; add --data"),
+        (["RUN", "model.name=other"], "model.name=other has no effect on an evaluation, which reads data., objective."),
+        (["RUN", "--base", "no/such/folder"], "error: --base: "),
+        (["RUN", "--forgetting", str(PROSE), "--max-tokens", "4096"], "error: --forgetting: data.max_tokens: an example has 4096 tokens"),
         (["RUN/model", "training.seed=3"], "is no run folder; add --run RUN.yaml"),
         (["RUN/run.yaml"], "is neither a run folder nor a model; give a run's output folder"),
         (["RUN", "data.validation=null"], "data.validation: the run has no held-out rows"),
@@ -182,9 +197,44 @@ def test_what_is_wrong_is_said(run_of, command, arguments, message):
 
 
 def test_a_run_that_has_no_model_yet(run_of, tmp_path):
-    (tmp_path / "run.yaml").write_text((run_of / "run.yaml").read_text())
-    with pytest.raises(UserError, match=r"it has no model/, so the run has not finished"):
-        subject(str(tmp_path))
+    own = yaml.safe_load((run_of / "run.yaml").read_text())
+    own["output"] = str(tmp_path / "own")
+    own["training"]["checkpoint_every"] = 2
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    trainer = build(load_run(tmp_path / "own.yaml"), display=Silence())
+    interrupt_after(trainer, step=3)
+    trainer.train()
+    with pytest.raises(
+        UserError,
+        match=r"it has no model/.* hybrid-opt replay \S+ --to-step 4 --output FOLDER, then hybrid-opt evaluate FOLDER --run",
+    ):
+        subject(str(tmp_path / "own"))
+    shutil.rmtree(tmp_path / "own/checkpoints")
+    with pytest.raises(UserError, match="it has no checkpoint either; let it go on"):
+        subject(str(tmp_path / "own"))
+
+
+def test_blocks_of_plain_text_have_the_length_that_is_asked_for(run_of):
+    found = {
+        size: measured(str(run_of), second=str(PROSE), base="none", max_tokens=size)[SECOND, EVALUATED, "loss"]
+        for size in (24, 48)
+    }
+    assert found[24].rows == pytest.approx(2 * found[48].rows, abs=1)
+
+
+@pytest.mark.parametrize(("factor", "words"), [(float("nan"), "loss is not finite on 40 of 40 rows"), (1e4, None)])
+def test_a_model_that_has_diverged(run_of, tmp_path, factor, words):
+    """It has no mean loss; where it has one, however large, the perplexity is a number."""
+    model = AutoModelForCausalLM.from_pretrained(run_of / "model")
+    model.get_output_embeddings().weight.data.mul_(factor)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(run_of / "model").save_pretrained(tmp_path / "model")
+    if words:
+        with pytest.raises(UserError, match=words):
+            measured(str(tmp_path / "model"), run=run_of)
+    else:
+        found = measured(str(tmp_path / "model"), run=run_of, second=str(PROSE), rows=4)
+        assert found[SECOND, EVALUATED, "perplexity"].value == pytest.approx(math.exp(700), rel=1e-6)
 
 
 def test_code_is_not_run_unasked(run_of, tmp_path, command):

@@ -19,7 +19,7 @@ from hybrid_opt.estimators.modes import training_mode
 from hybrid_opt.models.loading import load_model, load_tokenizer
 from hybrid_opt.objectives.batches import length_of
 from hybrid_opt.objectives.causal_lm import CausalLmObjective
-from hybrid_opt.objectives.contract import to_device
+from hybrid_opt.objectives.contract import Generates, to_device
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, Subject
 from hybrid_opt.studies.results import interval
@@ -28,6 +28,7 @@ from hybrid_opt.training.run_data import examples_of, objective_of
 
 Values = dict[str, list[float]]
 """Of each measure, a value a row."""
+PERPLEXITY = "perplexity"
 NATS, TOKENS = "nats", "tokens"
 """Of a language model: the sum of a row's losses, and of how many tokens."""
 
@@ -37,10 +38,13 @@ class Measured:
     """A measure of a model on a set, and its difference to the base."""
 
     set: str
+    """`own` or `second`."""
     model: str
+    """`model` or `base`."""
     measure: str
     rows: int
-    value: float
+    value: float | None
+    """None where no row could be judged."""
     low: float | None
     high: float | None
     """Ends of the 95 % interval over rows."""
@@ -70,7 +74,9 @@ def evaluated(
     found: dict[tuple[str, str], Values] = {}
     for label, config in subject.models.items():
         say(f"loading {config.name or 'the random model'} ...")
-        model, tokenizer = load_model(config, None, subject.seed).to(_device(subject.device)), load_tokenizer(config)
+        with subject.naming(label):
+            model = load_model(config, None, subject.seed).to(_device(subject.device))
+            tokenizer = load_tokenizer(config)
         for name, own in subject.sets.items():
             told = f"{label} on {own.data.train}"
             with subject.naming(name):
@@ -117,6 +123,12 @@ def _values(
                 for i, value in zip(some, of_each.double().tolist(), strict=True):
                     into[i] = value
             show(first + len(some), len(order))
+    lost = sum(not math.isfinite(value) for value in values["loss"])
+    if lost and not isinstance(objective, Generates):  # whose NaN is a row that could not be judged
+        raise UserError(
+            f"{own.data.train}: the model's loss is not finite on {lost} of {len(examples)} rows, so it has no mean; the model has diverged, or its "
+            "dtype is too narrow"
+        )
     return values
 
 
@@ -130,7 +142,7 @@ def _summarised(name: str, label: str, values: Values, base: Values | None) -> I
             difference = interval(_known(a - b for a, b in zip(of_rows, theirs, strict=True)))
         yield Measured(name, label, measure, len(of_rows), *interval(_known(of_rows)), *difference)
     if NATS in values:
-        yield Measured(name, label, "perplexity", len(values[NATS]), *perplexity(values[NATS], values[TOKENS]))
+        yield Measured(name, label, PERPLEXITY, len(values[NATS]), *perplexity(values[NATS], values[TOKENS]))
 
 
 def _tell(say: Callable[[str], None], what: str, done: int, of: int) -> None:
@@ -149,7 +161,12 @@ def perplexity(nats: Sequence[float], tokens: Sequence[float]) -> tuple[float, f
     """
     ratio, mean = sum(nats) / sum(tokens), sum(tokens) / len(tokens)
     _, low, high = interval([(n - ratio * t) / mean for n, t in zip(nats, tokens, strict=True)])
-    return math.exp(ratio), *(None if end is None else math.exp(ratio + end) for end in (low, high))
+    return _exp(ratio), *(None if end is None else _exp(ratio + end) for end in (low, high))
+
+
+def _exp(value: float) -> float:
+    """As far as float64 goes."""
+    return math.exp(min(value, 700.0))
 
 
 def _device(name: str) -> str:

@@ -9,17 +9,18 @@ from rich import box
 from rich.table import Table
 
 from hybrid_opt.config.data import Data
-from hybrid_opt.reports.wording import with_interval
-from hybrid_opt.studies.evaluate.measuring import Measured
+from hybrid_opt.reports.wording import number, with_interval
+from hybrid_opt.studies.evaluate.measuring import PERPLEXITY, Measured
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, SECOND, Subject
 
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", PERPLEXITY)
 
 
 def evaluation_table(subject: Subject, found: Sequence[Measured]) -> Table:
     """A row for each set and measure, a column for each model."""
     table = Table(
-        caption="± half of the 95 % interval over rows; differences are taken row by row",
+        caption="± half of the 95 % interval over rows"
+        + "; differences are taken row by row" * (BASE in subject.models),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -37,10 +38,7 @@ def evaluation_table(subject: Subject, found: Sequence[Measured]) -> Table:
             of = {m.model: m for m in measured if m.measure == measure}
             count = of[EVALUATED].rows
             where = f"{rows} ({count})" if i == 0 else ""
-            cells = [
-                with_interval(of[label].value, of[label].low, of[label].high) if label in of else ""
-                for label in subject.models
-            ]
+            cells = [_shown(of[label]) if label in of else "" for label in subject.models]
             table.add_row(where, measure, *cells, *([_difference(of[EVALUATED])] if BASE in subject.models else []))
     return table
 
@@ -50,6 +48,13 @@ def _rows_of(data: Data) -> str:
     set_aside = isinstance(data.validation, float)
     source = data.train if set_aside or data.validation is None else data.validation
     return (source if isinstance(source, str) else source.task) + ", held out" * set_aside
+
+
+def _shown(measured: Measured) -> str:
+    """A perplexity's interval has two different halves."""
+    if measured.measure != PERPLEXITY or measured.low is None:
+        return with_interval(measured.value, measured.low, measured.high)
+    return f"{number(measured.value)} ({number(measured.low)} to {number(measured.high)})"
 
 
 def verdict(found: Sequence[Measured]) -> str | None:
