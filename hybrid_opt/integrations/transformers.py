@@ -109,7 +109,7 @@ class HybridTraining:
                 memory_budget=self.memory_budget,
             )
             self.decisions = Decisions(
-                self.hybrid, self._probe_loss if self.probe_dataset else None, None, logger.warning
+                self.hybrid, None if self.probe_dataset is None else self._probe_loss, None, logger.warning
             )
             self.optimizer = StepsElsewhere(self.hybrid)
             if self.engine_config:
