@@ -140,10 +140,7 @@ class HybridOptimizer:
         started, joules, step = time.perf_counter(), self._joules(), self.signals.step
         refuse_unknown(batches, self.config, "batches")
         self.fit_memory(batch, batches)
-        plan = self.schedule.plan(step, self.signals)
-        if isinstance(by := self.config.schedule, ByLength) and not batches.keys() >= plan.keys():
-            batches = dealt(by, batch)
-            plan = {name: weight for name, weight in plan.items() if name in batches}
+        plan, batches = self._planned(batch, batches)
         seen = {name: batches.get(name, batch) for name in plan}
         first = next(iter(plan))
         profile = self.profiler.profile(self.schedule.phase, step, lambda: self._evaluated(first, seen[first]))
@@ -170,8 +167,7 @@ class HybridOptimizer:
         self.updates.turns.take(plan, telling)
         told = {name: estimate.statistics(self.engine.ranks) for name, estimate in compared.items()}
         told |= {name: {"trust_factor": factor} for name, factor in factors.items()}
-        for name, found in told.items():
-            costs[name] = replace(costs[name], statistics={**costs[name].statistics, **found})
+        costs |= {n: replace(costs[n], statistics={**costs[n].statistics, **found}) for n, found in told.items()}
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)  # so that the time of a step is its own
         seconds = time.perf_counter() - started
@@ -190,18 +186,35 @@ class HybridOptimizer:
             profile=profile,
             memory=self.memory.take_told() if self.memory else "",
         )
+        self._count(report, joules, is_lost)
+        return report
+
+    def _planned(self, batch: Any, batches: Mapping[str, Any]) -> tuple[dict[str, float], Mapping[str, Any]]:
+        """Who acts with which weight, and the batches of those that do not see the step's."""
+        plan = self.schedule.plan(self.signals.step, self.signals)
+        if isinstance(by := self.config.schedule, ByLength) and not batches.keys() >= plan.keys():
+            batches = dealt(by, batch)
+            plan = {name: weight for name, weight in plan.items() if name in batches}
+        return plan, batches
+
+    def _count(self, report: StepReport, joules: float, is_lost: bool) -> None:
+        """Let the signals know of a step; of all ranks the same, because all decide by them.
+
+        Args:
+            joules: what the device had taken before it.
+        """
+        ranks = self.engine.ranks
         self.signals = self.signals.updated(
             tokens=report.tokens,
             forwards=report.forwards,
             backwards=report.backwards,
             forward_equivalents=report.forward_equivalents,
-            seconds=self.engine.ranks.most(report.seconds)[0],  # all ranks decide by the same signals
-            joules=self.engine.ranks.total(self._joules() - joules) if self.energy else 0.0,
+            seconds=ranks.most(report.seconds)[0],
+            joules=ranks.total(self._joules() - joules) if self.energy else 0.0,
             loss=report.loss,
             is_lost=is_lost,
             measured=report.measured,
         )
-        return report
 
     def _estimates(self, seen: Mapping[str, Any]) -> tuple[dict[str, Estimate], dict[str, Cost], dict[str, float]]:
         """Everybody's estimate at the present weights, what it took, and for how many seconds.
