@@ -179,7 +179,7 @@ def test_a_reward(run_of, tmp_path):
         (["RUN", "--forgetting", str(SPAM), "--text", "bodi"], "error: --forgetting: data.text: there is no column 'bodi' (did you mean 'body'"),
         (["RUN", "--data", "nothing.yaml"], "nothing.yaml: no such file"),
         (["RUN/model"], "RUN/model is no run folder (it has no run.yaml), so nothing says what it is to be evaluated on; add --data"),
-        (["RUN", "model.name=other"], "model.name=other has no effect on an evaluation, which reads data., objective."),
+        (["RUN", "model.name=other"], "model.name=other has no effect on an evaluation, which reads data, objective, engine.device"),
         (["RUN", "--base", "no/such/folder"], "error: --base: "),
         (["RUN", "--forgetting", str(PROSE), "--max-tokens", "4096"], "error: --forgetting: data.max_tokens: an example has 4096 tokens"),
         (["RUN/model", "training.seed=3"], "is no run folder; add --run RUN.yaml"),

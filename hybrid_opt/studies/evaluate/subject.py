@@ -29,7 +29,15 @@ YAML = (".yaml", ".yml")
 TEXT = "text"
 
 
-READ = ("data.", "objective.", "engine.device=", "training.evaluation_batch_size=", "training.seed=")
+READ = (
+    "data.",
+    "data=",
+    "objective.",
+    "objective=",
+    "engine.device=",
+    "training.evaluation_batch_size=",
+    "training.seed=",
+)
 """What of a run file matters here; the seed decides which rows a fraction sets aside."""
 
 
@@ -59,7 +67,7 @@ class Subject:
 
     @contextmanager
     def naming(self, label: str) -> Iterator[None]:
-        """Inside, errors about a set's rows begin with the option that named them."""
+        """Inside, errors about a set of rows or a model begin with the option that named it."""
         with _said(self.named_by.get(label)):
             yield
 
@@ -103,22 +111,7 @@ def subject(
     Raises:
         UserError: what is named does not exist, does not fit together, or says too little.
     """
-    folder, found = Path(target), None
-    own_run = folder / "run.yaml"
-    if run is not None:
-        found = load_run(run / "run.yaml" if run.is_dir() else run, overrides)
-    elif own_run.is_file():
-        found = load_run(own_run, overrides)
-    elif overrides:
-        raise UserError(
-            f"command line: {overrides[0]} replaces a value of a run file, and {target} is no run folder; add --run RUN.yaml"
-        )
-    for override in overrides:
-        if not override.startswith(READ):
-            raise UserError(
-                f"command line: {override} has no effect on an evaluation, which reads {', '.join(READ)} of a run file; drop it (another model is the "
-                "first argument, another base --base)"
-            )
+    found = _run_file(target, overrides, run)
     model, start = _models(target, found)
     if base is not None:
         with _said("--base"):
@@ -141,6 +134,26 @@ def subject(
         return Subject(models, sets, named_by=named_by)
     training, device = found.training, getattr(found.engine, "device", "auto")
     return Subject(models, sets, training.seed, training.evaluation_batch_size, device, named_by)
+
+
+def _run_file(target: str, overrides: Sequence[str], run: Path | None) -> RunFile | None:
+    """The run file by which is evaluated; None: there is none."""
+    own = Path(target) / "run.yaml"
+    if run is not None:
+        own = run / "run.yaml" if run.is_dir() else run
+    elif not own.is_file():
+        if overrides:
+            raise UserError(
+                f"command line: {overrides[0]} replaces a value of a run file, and {target} is no run folder; add --run RUN.yaml"
+            )
+        return None
+    for override in overrides:
+        if not override.startswith(READ):
+            raise UserError(
+                f"command line: {override} has no effect on an evaluation, which reads {', '.join(dict.fromkeys(key[:-1] for key in READ))} of a run file; drop it "
+                "(another model is the first argument, another base --base)"
+            )
+    return load_run(own, overrides)
 
 
 def _models(target: str, by: RunFile | None) -> tuple[Model, Model | None]:
