@@ -81,7 +81,7 @@ class LocalEngine:
         master_weights: str = "fp32",
         seed: int = 0,
     ) -> None:
-        self.device = _device(device)
+        self.device = device_named(device)
         self.model = model.to(self.device)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
@@ -250,7 +250,12 @@ class LocalEngine:
                 self.parameters[name].data.copy_(self.masters[name])
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The device that an `engine` section names; `auto`: CUDA if there is one.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

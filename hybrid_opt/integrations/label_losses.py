@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from hybrid_opt.errors import UserError
-from hybrid_opt.objectives.language_model import IGNORED, cross_entropies
+from hybrid_opt.objectives.language_model import IGNORED, cross_entropies, unwrapped
 
 SHARE = "hybrid_opt_share"
 """Key of a batch under which each example has its factor, see `LabelLosses`."""
@@ -85,11 +85,6 @@ class LabelLosses:
     def weighed(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """See `WeighsExamples.weighed`: each example with its factor, so that parts of the batch are weighed as in the whole."""
         return {**batch, SHARE: self.shares(batch["labels"])} if "labels" in batch else dict(batch)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, inside the wrapper that peft puts around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _loss_of(model: nn.Module) -> Any:

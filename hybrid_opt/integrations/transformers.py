@@ -83,7 +83,7 @@ class HybridTraining:
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             raise UserError("optimizers: the schedule says how each estimator steps; leave them out")
         self.engine_config = engine_of(self.args)
-        with_arguments(self.schedule, self.args)
+        with_arguments(self.schedule, self.args)  # what cannot be followed is said before anything is loaded
         self.objective = as_objective(objective) or self._label_losses()
         self.probe_dataset, self.memory_budget = probe_dataset, memory_budget
         self._parts: list[Mapping[str, Any]] = []
@@ -217,9 +217,8 @@ class HybridTraining:
         items = items if ranks == 1 or self.args.average_tokens_across_devices else None
         scaled = ranks > 1 and items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(
-                self.model, dict(batch), num_items_in_batch=items
-            )  # which may take keys out of the batch
+            own = dict(batch)  # of which it may take keys out
+            loss = self.compute_loss(self.model, own, num_items_in_batch=items)
         if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim():
             raise UserError(f"compute_loss: it must return the mean loss as a tensor of no dimensions, not {loss!r}")
         return loss / ranks if scaled else loss

@@ -60,9 +60,14 @@ def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
     return losses.neg_().masked_fill_(labels_flat == IGNORED, 0.0).view(labels.shape)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, inside the wrapper that peft puts around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def forward_of(model: nn.Module) -> Callable[..., Any]:
-    """The forward of the model itself, inside the wrapper that peft puts around it."""
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).forward
+    """The forward of the model itself."""
+    return unwrapped(model).forward
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -96,10 +96,10 @@ def build(
         engine=run.engine,
         validation=_batches(validation, size, data),
         evaluate_every=training.evaluate_every,
-        validation_along=_batches(_spread(validation, training.evaluation_rows), size, data)
+        validation_along=_batches(spread(validation, training.evaluation_rows), size, data)
         if training.evaluation_rows
         else None,
-        probe=_batches(_spread(validation or examples, training.probe_rows), size, data),
+        probe=_batches(spread(validation or examples, training.probe_rows), size, data),
         checkpoint_every=training.checkpoint_every,
         keeping=training,
         divergence=training.divergence,
@@ -233,7 +233,7 @@ def _short_first(examples: Sequence[Any]) -> list[Any]:
     return sorted(examples, key=lambda example: len(example.prompt))
 
 
-def _spread(examples: Sequence[Any], rows: int) -> list[Any]:
+def spread(examples: Sequence[Any], rows: int) -> list[Any]:
     """This many examples, at even distances (short ones and long ones, where they are sorted)."""
     rows = min(rows, len(examples))
     return [examples[i * len(examples) // rows] for i in range(rows)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hybrid_opt.config.evaluation import RowSet
+from hybrid_opt.engines.local import device_named
 from hybrid_opt.engines.ranks import launched_world_size
 from hybrid_opt.errors import UserError
 from hybrid_opt.estimators.modes import training_mode
@@ -23,7 +24,7 @@ from hybrid_opt.objectives.contract import Generates, to_device
 from hybrid_opt.objectives.data import load_splits
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, Subject
 from hybrid_opt.studies.results import interval
-from hybrid_opt.training.build import refuse_what_does_not_fit
+from hybrid_opt.training.build import refuse_what_does_not_fit, spread
 from hybrid_opt.training.run_data import examples_of, objective_of
 
 Values = dict[str, list[float]]
@@ -52,6 +53,11 @@ class Measured:
     difference_low: float | None = None
     difference_high: float | None = None
 
+    @property
+    def is_told_apart(self) -> bool:
+        """Whether the difference's interval leaves 0 out."""
+        return self.difference_low is not None and not self.difference_low <= 0 <= self.difference_high
+
     def row(self) -> dict[str, Any]:
         """For the JSON file."""
         return asdict(self)
@@ -75,7 +81,7 @@ def evaluated(
     for label, config in subject.models.items():
         say(f"loading {config.name or 'the random model'} ...")
         with subject.naming(label):
-            model = load_model(config, None, subject.seed).to(_device(subject.device))
+            model = load_model(config, None, subject.seed).to(device_named(subject.device))
             tokenizer = load_tokenizer(config)
         for name, own in subject.sets.items():
             told = f"{label} on {own.data.train}"
@@ -105,8 +111,7 @@ def _values(
     objective, data = objective_of(own.objective, own.data, tokenizer)
     held_out = own.data.validation is not None
     examples = examples_of(own.data, data, load_splits(own.data), seed)[held_out]
-    if rows is not None and rows < len(examples):
-        examples = [examples[i * len(examples) // rows] for i in range(rows)]
+    examples = examples if rows is None else spread(examples, rows)
     refuse_what_does_not_fit(model, examples)
     order = sorted(range(len(examples)), key=lambda i: length_of(examples[i]))  # batches with little padding
     values: Values = {}
@@ -167,7 +172,3 @@ def perplexity(nats: Sequence[float], tokens: Sequence[float]) -> tuple[float, f
 def _exp(value: float) -> float:
     """As far as float64 goes."""
     return math.exp(min(value, 700.0))
-
-
-def _device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name

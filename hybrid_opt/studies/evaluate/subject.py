@@ -73,11 +73,14 @@ class Subject:
 
     def described(self, label: str, model: str) -> dict[str, str]:
         """What a set of rows and a model are called, for the JSON file."""
+        return {"rows_of": self.rows_of(label), "model_name": self.models[model].name or "random weights"}
+
+    def rows_of(self, label: str) -> str:
+        """What to call a set's rows: a file or a hub id, or a built-in task."""
         data = self.sets[label].data
-        return {
-            "rows_of": str(data.validation or data.train),
-            "model_name": self.models[model].name or "random weights",
-        }
+        set_aside = isinstance(data.validation, float)
+        source = data.train if set_aside or data.validation is None else data.validation
+        return (source if isinstance(source, str) else source.task) + ", held out" * set_aside
 
     def code(self) -> list[Named]:
         """Code that evaluating would run."""

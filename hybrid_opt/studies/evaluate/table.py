@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from hybrid_opt.config.data import Data
 from hybrid_opt.reports.wording import number, with_interval
 from hybrid_opt.studies.evaluate.measuring import PERPLEXITY, Measured
 from hybrid_opt.studies.evaluate.subject import BASE, EVALUATED, SECOND, Subject
@@ -31,23 +30,15 @@ def evaluation_table(subject: Subject, found: Sequence[Measured]) -> Table:
         table.add_column(label, justify="right")
     if BASE in subject.models:
         table.add_column("difference", justify="right")
-    for name, own in subject.sets.items():
-        rows = _rows_of(own.data)
+    for name in subject.sets:
         measured = [m for m in found if m.set == name]
         for i, measure in enumerate(dict.fromkeys(m.measure for m in measured)):
             of = {m.model: m for m in measured if m.measure == measure}
             count = of[EVALUATED].rows
-            where = f"{rows} ({count})" if i == 0 else ""
+            where = f"{subject.rows_of(name)} ({count})" if i == 0 else ""
             cells = [_shown(of[label]) if label in of else "" for label in subject.models]
             table.add_row(where, measure, *cells, *([_difference(of[EVALUATED])] if BASE in subject.models else []))
     return table
-
-
-def _rows_of(data: Data) -> str:
-    """What to call them: a file or a hub id, or a built-in task."""
-    set_aside = isinstance(data.validation, float)
-    source = data.train if set_aside or data.validation is None else data.validation
-    return (source if isinstance(source, str) else source.task) + ", held out" * set_aside
 
 
 def _shown(measured: Measured) -> str:
@@ -63,7 +54,7 @@ def verdict(found: Sequence[Measured]) -> str | None:
     if told is None:
         return None
     worse = told.difference > 0 if told.measure in LOWER_IS_BETTER else told.difference < 0
-    if told.difference_low is None or told.difference_low <= 0 <= told.difference_high:
+    if not told.is_told_apart:
         return f"forgetting: no change of the {told.measure} on the second set can be told from chance"
     change = with_interval(told.difference, told.difference_low, told.difference_high, "+")
     return f"forgetting: on the second set the model is {'worse' if worse else 'better'} than the base: {told.measure} {change}"
@@ -73,5 +64,4 @@ def _difference(measured: Measured) -> str:
     if measured.difference is None:
         return ""
     shown = with_interval(measured.difference, measured.difference_low, measured.difference_high, "+")
-    apart = measured.difference_low is not None and not measured.difference_low <= 0 <= measured.difference_high
-    return shown if apart else f"{shown} (not told apart)"
+    return shown if measured.is_told_apart else f"{shown} (not told apart)"
