@@ -1,5 +1,5 @@
 """One step of hybrid optimisation: plan, estimate, apply. Next: `../scheduling/policy.py`, `../estimators/contract.py`,
-`../engines/contract.py`, `updates.py`.
+`../engines/contract.py`, `updates.py`, `optimizer_state.py`.
 
 One idea: this is the whole method. All estimates of a step are taken at the same weights and then applied together;
 whether that amounts to alternating, blending or per-layer choice is decided by the plan and the policy alone.
@@ -7,7 +7,7 @@ whether that amounts to alternating, blending or per-layer choice is decided by 
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from hybrid_opt.estimators.build import build_estimator
 from hybrid_opt.estimators.comparison import compared_with
 from hybrid_opt.estimators.contract import Cost, Estimate
 from hybrid_opt.estimators.followers import Followers
-from hybrid_opt.estimators.remembering import memories, recall
 from hybrid_opt.machine.energy import EnergyMeter
 from hybrid_opt.noise.keys import StepKey
 from hybrid_opt.objectives.contract import Closure, Objective, WeighsExamples, as_objective, to_device
@@ -33,7 +32,8 @@ from hybrid_opt.recovery.records import Record, digest_of
 from hybrid_opt.scheduling.ownership import Ownership
 from hybrid_opt.scheduling.policy import acting_in, may_ever_move
 from hybrid_opt.scheduling.schedule import build_schedule
-from hybrid_opt.scheduling.signals import Signals, restored
+from hybrid_opt.scheduling.signals import Signals
+from hybrid_opt.training import optimizer_state
 from hybrid_opt.training.lengths import dealt
 from hybrid_opt.training.memory_budget import MemoryBudget
 from hybrid_opt.training.missing_gradients import MissingGradients
@@ -41,7 +41,6 @@ from hybrid_opt.training.profiling import Profiler
 from hybrid_opt.training.refusals import (
     refuse_missing_gradient,
     refuse_not_finite,
-    refuse_other_setup,
     refuse_too_many_lost,
     refuse_unknown,
 )
@@ -298,14 +297,6 @@ class HybridOptimizer:
             self.updates.apply(record.parts, record.step)
         self.signals = replace(self.signals, step=record.step + 1)
 
-    @property
-    def setup(self) -> dict[str, Any]:
-        """What a state belongs to, in plain values."""
-        return {
-            "seed": self.seed,
-            "schedule": self.config.model_dump(mode="json", exclude_none=True, exclude={"description"}),
-        }
-
     def acting(self) -> list[str]:
         """Names of the estimators that the next step will use."""
         return list(self.schedule.plan(self.signals.step, self.signals))
@@ -330,18 +321,7 @@ class HybridOptimizer:
             folder: a new folder, into which DeepSpeed writes what it saves itself; not needed without ZeRO.
             weights: False leaves out the first three, which `replay` brings about.
         """
-        return {
-            "setup": self.setup,
-            "layout": self.engine.layout(),
-            **({"engine": self.engine.state_dict(folder), "rules": self.updates.memories()} if weights else {}),
-            "updates": self.updates.state_dict(),
-            "estimators": memories(self.estimators),
-            "schedule": self.schedule.state_dict(),
-            "ownership": self.ownership.state_dict(),
-            "memory": self.memory.state_dict() if self.memory else None,
-            "signals": asdict(self.signals),
-            "rate_factor": self.rate_factor,
-        }
+        return optimizer_state.saved(self, folder, weights=weights)
 
     def load_state_dict(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """Put back what `state_dict` gave and wrote, with as many ranks under the same stage, the same model, schedule and seed.
@@ -349,25 +329,12 @@ class HybridOptimizer:
         Raises:
             UserError: it is of another schedule, seed or model; learning rates, clipping and `max_nonfinite` may have changed.
         """
-        refuse_other_setup(state, self.setup)
-        self.roll_back(state, folder)
-        self.updates.turns.load_state_dict(state["updates"]["turns"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.ownership.load_state_dict(state["ownership"])
-        if self.memory and state["memory"]:
-            self.memory.load_state_dict(state["memory"])
-        self.signals = restored(state["signals"])
-        self.rate_factor = state["rate_factor"]
+        optimizer_state.put_back(self, state, folder)
 
     def roll_back(self, state: dict[str, Any], folder: Path | None = None) -> None:
         """Put back the weights, and what optimizer, update rules and estimators remember; the counts of steps and turns, the
         schedule and `rate_factor` stay as they are."""
-        self.checks.forget()
-        if "engine" in state:
-            self.engine.load_state_dict(state["engine"], folder)
-            self.updates.recall(state["rules"])
-        self.updates.trust.latest = state["updates"]["latest_change"]
-        recall(self.estimators, state["estimators"], self.engine)
+        optimizer_state.roll_back(self, state, folder)
 
     def tell(self, measured: Mapping[str, float]) -> None:
         """Let the schedule's triggers know what was measured after the latest step, such as `{"validation_loss": 1.5}`; by the names of
